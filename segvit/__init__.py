@@ -1,0 +1,3 @@
+"""Semantic segmentation with plain vision transformers."""
+
+__version__ = "0.1.0"
