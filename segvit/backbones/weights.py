@@ -1,0 +1,115 @@
+"""Pretrained weights for timm trunks: from the hub, or from a local safetensors, pth or npz file.
+
+Official layouts (timm, DeiT, MAE, DINOv2, DINOv3, BEiT, OpenAI CLIP, the JAX npz of AugReg) go through timm's own key
+filters; position embeddings are resized bicubic without antialias.
+"""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+import re
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models import load_state_dict_from_hf
+from torch import Tensor, nn
+
+from segvit.contracts import UserError
+
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".npz")
+# A classifier, pooling and pretraining parts of published checkpoints that no token map passes through.
+UNUSED = r"^(head|head_dist|fc_norm|norm|attn_pool|mask_token|decoder|decoder_\w+|lm_head|rope|logit_)(\.|$)|relative_position_index"
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The state dict in a .safetensors or torch file; never runs code from it.
+
+    Raises UserError when the file is missing, damaged or a pickle of code.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such weights file")
+    try:
+        if path.suffix == ".safetensors":
+            return dict(load_file(path))
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path}: refused, the file holds pickled code, not only tensors; save its state dict as .safetensors first"
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError, zipfile.BadZipFile, OSError) as error:
+        raise UserError(f"{path}: cannot be read as weights, damaged or cut short ({error}); copy it again") from error
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: holds a {type(state).__name__}, not a state dict")
+    return state
+
+
+def unwrap(state: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors inside the wrappers that training frameworks add (`state_dict`, `model`, `module.`)."""
+    for key in ("state_dict", "model_ema", "model", "teacher", "module"):
+        if isinstance(state.get(key), dict):
+            state = state[key]
+    tensors = {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise UserError("the file holds no tensors; is it a state dict?")
+    return tensors
+
+
+def load_weights(trunk: nn.Module, weights: str) -> None:
+    """Load pretrained weights into a timm ViT, in place.
+
+    Raises UserError when the file or hub name cannot be had or does not fit the architecture.
+    """
+    path = Path(weights).expanduser()
+    if path.suffix == ".npz":
+        if not path.is_file():
+            raise UserError(f"{path}: no such weights file")
+        trunk.load_pretrained(str(path))
+        return
+    local = path.suffix in SUFFIXES or path.exists()
+    state = unwrap(read_state(path) if local else _download(weights))
+    fitted = _filter(trunk)(state, trunk)
+    own = trunk.state_dict()
+    used = {key: value for key, value in fitted.items() if not re.search(UNUSED, key) or key in own}
+    missing = [key for key in own if key not in used and not re.search(UNUSED, key)]
+    unknown = [key for key in used if key not in own]
+    wrong = [key for key in used if key in own and used[key].shape != own[key].shape]
+    if missing or unknown or wrong:
+        raise UserError(
+            f"{weights} does not fit {type(trunk).__name__}: {len(missing)} keys missing {missing[:2]}, "
+            f"{len(unknown)} unknown {unknown[:2]}, {len(wrong)} of another shape {wrong[:2]}; choose the matching backbone"
+        )
+    trunk.load_state_dict(used, strict=False)
+
+
+def _download(name: str) -> dict[str, Any]:
+    repository = name if "/" in name else f"timm/{name}"
+    try:
+        return dict(load_state_dict_from_hf(repository.removeprefix("hf-hub:"), weights_only=True))
+    except Exception as error:  # the hub client raises many kinds: offline, gated, unknown, interrupted
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"weights {name!r} are neither a local file nor to be had from the hub ({reason}); check the name and the "
+            "network, or download the file elsewhere and pass weights=PATH, or weights=none to start from nothing"
+        ) from error
+
+
+def _filter(trunk: nn.Module) -> Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]]:
+    """timm's own key filter for the trunk's family, without antialias where it can be chosen."""
+    family = next(parent for parent in type(trunk).__mro__ if "checkpoint_filter_fn" in vars(sys.modules[parent.__module__]))
+    function = vars(sys.modules[family.__module__])["checkpoint_filter_fn"]
+    accepts = inspect.signature(function).parameters
+
+    def apply(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+        options: dict[str, bool] = {"antialias": False}
+        if "adapt_layer_scale" in accepts:
+            options["adapt_layer_scale"] = any("gamma_" in key for key in state)
+        return dict(function(state, model, **options))
+
+    return apply

@@ -1,0 +1,129 @@
+"""From datasets to batches, with randomness that does not depend on who does the work.
+
+Training data is an endless sequence of draws. Draw d of a set of n images is image permutation(d // n)[d % n], varied
+by a generator seeded with (seed, d). So any worker, process or resumed run that is asked for draw d makes the same one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from segvit.contracts import Batch, InputSpec, Sample, UserError
+from segvit.data.dataset import Dataset
+from segvit.data.prepare import normalise, pad
+from segvit.data.transforms import Augment, augment
+
+SHUFFLE = 1  # third word of the shuffling seed: without it epoch d would share its random numbers with draw d
+
+Item = tuple[Tensor, Tensor, str]  # image (3, H, W), mask (H, W), name
+
+
+class LoadingError(UserError):
+    """A `UserError` that keeps its one line on the way out of a worker.
+
+    torch makes the exception anew from the text of the worker's traceback; only its last part is for the user.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
+
+
+@dataclass(frozen=True)
+class Draws(TorchDataset[Item]):
+    """The sequence of training draws, indexed by draw number."""
+
+    dataset: Dataset
+    spec: InputSpec
+    recipe: Augment
+    seed: int
+    split: str = "train"
+
+    def __getitem__(self, draw: int) -> Item:
+        epoch, place = divmod(draw, self.dataset.count(self.split))
+        index = int(permutation(self.seed, epoch, self.dataset.count(self.split))[place])
+        ignore = self.dataset.classes.ignore_index
+        sample = _read(self.dataset, self.split, index)
+        sample = augment(sample, self.recipe, np.random.default_rng([self.seed, draw]), ignore)
+        image, mask = pad(normalise(sample.image, self.spec), sample.mask, self.recipe.crop, ignore)
+        # torch has few operations for uint16, so ids above 255 become int32.
+        kind = np.uint8 if ignore == 255 else np.int32
+        return image, torch.from_numpy(mask.astype(kind, order="C")), sample.name
+
+
+@dataclass(frozen=True)
+class Samples(TorchDataset[Sample]):
+    """The samples of a split as they are."""
+
+    dataset: Dataset
+    split: str
+
+    def __getitem__(self, index: int) -> Sample:
+        return _read(self.dataset, self.split, index)
+
+
+@lru_cache(maxsize=2)
+def permutation(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
+    """The order of the images in one epoch."""
+    return np.random.default_rng([seed, epoch, SHUFFLE]).permutation(count)
+
+
+def train_batches(
+    dataset: Dataset, *, spec: InputSpec, augment: Augment, seed: int, draws: Iterable[list[int]], workers: int
+) -> DataLoader[Item]:
+    """A loader of `Batch`: one for each list of draw numbers, every image padded to the crop."""
+    if not dataset.count("train"):
+        raise UserError("the train split holds no images; add some")
+    return DataLoader(
+        Draws(dataset, spec, augment, seed), batch_sampler=draws, num_workers=workers, collate_fn=collate,
+        worker_init_fn=_use_one_thread, pin_memory=torch.cuda.is_available(), generator=_own_generator(),
+    )  # fmt: skip
+
+
+def samples(
+    dataset: Dataset, split: str, *, indices: Sequence[int] | None = None, workers: int = 0
+) -> Iterator[Sample]:
+    """The samples of a split in order, or those of `indices` in theirs."""
+    order = range(dataset.count(split)) if indices is None else indices
+    loader: DataLoader[Sample] = DataLoader(
+        Samples(dataset, split), batch_size=None, sampler=order, num_workers=workers, collate_fn=_unchanged,
+        worker_init_fn=_use_one_thread, generator=_own_generator(),
+    )  # fmt: skip
+    yield from loader
+
+
+def collate(items: list[Item]) -> Batch:
+    """Items of one size as a batch."""
+    images, masks, names = zip(*items, strict=True)
+    return Batch(torch.stack(images), torch.stack(masks), list(names))
+
+
+def _read(dataset: Dataset, split: str, index: int) -> Sample:
+    try:
+        return dataset.read(split, index)
+    except UserError as error:
+        raise LoadingError(str(error)) from None
+
+
+def _unchanged(sample: Any) -> Any:
+    # In the place of torch's default, which would turn arrays into tensors; torch types it for lists only.
+    return sample
+
+
+def _use_one_thread(worker: int) -> None:
+    # Workers that each use all cores slow each other down.
+    torch.set_num_threads(1)
+
+
+def _own_generator() -> torch.Generator:
+    # Without one of its own a loader takes a number from torch's global generator, and with it dropout's next mask.
+    return torch.Generator().manual_seed(0)

@@ -1,0 +1,200 @@
+"""The training augmentations of the published dense models: resize, crop, flip and colours, in that order.
+
+Every transform is a function of a sample and an explicit random generator. Colours work on uint8 and end every step by
+cutting off the fraction, because the originals do: a brightness of -0.4 darkens every level by one.
+
+Shapes    H W image. HSV images hold hue 0..179, saturation and value 0..255, OpenCV's 8-bit convention.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from segvit.contracts import Sample, Size
+from segvit.data.resize import resize_image, resize_mask, scaled_size
+
+BRIGHTNESS = 32.0  # levels, either way
+FACTORS = (0.5, 1.5)  # of contrast and of saturation
+HUE = 18  # steps of two degrees, either way
+REDRAWS = 10  # further crops drawn while one class fills too much
+BLOCK = 64  # rows of a colour conversion worked on at once: the intermediate planes then stay in the cache
+
+# OpenCV divides through tables of 12-bit fixed-point reciprocals.
+SATURATION_TABLE = np.rint((255 << 12) / np.arange(256).clip(1)).astype(np.int32)
+HUE_TABLE = np.rint((180 << 12) / (6 * np.arange(256).clip(1))).astype(np.int32)
+
+
+def _sector_tables() -> NDArray[np.float32]:
+    """(3, 256) by hue: how much of the saturation is taken from red, green and blue.
+
+    The textbook's six sectors pick v, p = v(1-s), q = v(1-sf) or t = v(1-s(1-f)); all are v(1-s*part).
+    """
+    hue = np.arange(256, dtype=np.float32) * np.float32(6 / 180)
+    sector = np.floor(hue)
+    fraction = hue - sector
+    full, none = np.ones_like(hue), np.zeros_like(hue)
+    rising, falling = 1 - fraction, fraction  # the parts of t and of q
+    which = sector.astype(np.intp) % 6
+    red = np.choose(which, [none, falling, full, full, rising, none])
+    green = np.choose(which, [rising, none, none, falling, full, full])
+    blue = np.choose(which, [full, full, rising, none, none, falling])
+    return np.stack([red, green, blue]).astype(np.float32)
+
+
+PARTS = _sector_tables()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augment:
+    """How training samples are varied.
+
+    `scale` is the size that ratio 1 stands for, as in `scaled_size`; without it the image's own size. `cat_max_ratio`
+    is the part of a crop above which one class is too much (1 switches the rule off).
+    """
+
+    crop: Size = (512, 512)
+    scale: tuple[int, int] | None = None
+    ratio_range: tuple[float, float] = (0.5, 2.0)
+    cat_max_ratio: float = 0.75
+    flip: float = 0.5
+    photometric: bool = True
+
+
+def augment(sample: Sample, recipe: Augment, rng: np.random.Generator, ignore: int) -> Sample:
+    """The whole recipe; the result is at most as large as the crop (padding follows the normalisation)."""
+    sample = resize_and_crop(sample, recipe, rng, ignore)
+    sample = random_flip(sample, rng, probability=recipe.flip)
+    return photometric(sample, rng) if recipe.photometric else sample
+
+
+def resize_and_crop(sample: Sample, recipe: Augment, rng: np.random.Generator, ignore: int) -> Sample:
+    """Resize by a random ratio, then cut out a crop that one class does not fill.
+
+    One step and not two, so that only the pixels inside the crop need to be interpolated.
+    """
+    height, width = sample.mask.shape
+    ratio = rng.uniform(*recipe.ratio_range)
+    base = recipe.scale or (height, width)
+    size = scaled_size((height, width), scale=(int(base[0] * ratio), int(base[1] * ratio)))
+    mask = resize_mask(sample.mask, size)
+    top, left = choose_crop(mask, recipe.crop, recipe.cat_max_ratio, rng, ignore)
+    high, wide = min(recipe.crop[0], size[0]), min(recipe.crop[1], size[1])
+    image = resize_image(sample.image, size, window=(top, left, high, wide))
+    return sample._replace(image=image, mask=mask[top : top + high, left : left + wide])
+
+
+def choose_crop(
+    mask: NDArray[Any], crop: Size, cat_max_ratio: float, rng: np.random.Generator, ignore: int
+) -> tuple[int, int]:
+    """The (top, left) of a random crop; after ten refused crops the next one is taken as it is."""
+    margins = max(mask.shape[0] - crop[0], 0), max(mask.shape[1] - crop[1], 0)
+    top, left = (int(rng.integers(margin + 1)) for margin in margins)
+    for _ in range(REDRAWS if cat_max_ratio < 1 else 0):
+        if crop_accepted(mask[top : top + crop[0], left : left + crop[1]], cat_max_ratio, ignore):
+            break
+        top, left = (int(rng.integers(margin + 1)) for margin in margins)
+    return top, left
+
+
+def crop_accepted(mask_crop: NDArray[Any], cat_max_ratio: float, ignore: int) -> bool:
+    """Whether at least two classes occur and the largest has less than `cat_max_ratio` of the labelled pixels."""
+    counts = np.bincount(mask_crop.ravel(), minlength=ignore + 1)
+    counts[ignore] = 0
+    return bool(np.count_nonzero(counts) > 1 and counts.max() / counts.sum() < cat_max_ratio)
+
+
+def random_flip(sample: Sample, rng: np.random.Generator, *, probability: float = 0.5) -> Sample:
+    """Mirror left and right with the given probability."""
+    if rng.random() < probability:
+        return sample._replace(image=sample.image[:, ::-1], mask=sample.mask[:, ::-1])
+    return sample
+
+
+def photometric(sample: Sample, rng: np.random.Generator) -> Sample:
+    """Brightness, contrast, saturation and hue, each with probability one half; contrast comes second or last."""
+    image = sample.image
+    if rng.integers(2):
+        image = brightness(image, rng.uniform(-BRIGHTNESS, BRIGHTNESS))
+    contrast_first = rng.integers(2) == 1
+    if contrast_first and rng.integers(2):
+        image = contrast(image, rng.uniform(*FACTORS))
+    if rng.integers(2):
+        image = saturation(image, rng.uniform(*FACTORS))
+    if rng.integers(2):
+        image = hue(image, int(rng.integers(-HUE, HUE)))
+    if not contrast_first and rng.integers(2):
+        image = contrast(image, rng.uniform(*FACTORS))
+    return sample._replace(image=image)
+
+
+def brightness(image: NDArray[np.uint8], delta: float) -> NDArray[np.uint8]:
+    """Add `delta` levels."""
+    return np.take(_levels(1.0, delta), image)
+
+
+def contrast(image: NDArray[np.uint8], factor: float) -> NDArray[np.uint8]:
+    """Multiply all levels by `factor`."""
+    return np.take(_levels(factor, 0.0), image)
+
+
+def saturation(image: NDArray[np.uint8], factor: float) -> NDArray[np.uint8]:
+    """Multiply the saturation by `factor`."""
+    hsv = rgb_to_hsv(image)
+    hsv[..., 1] = _levels(factor, 0.0)[hsv[..., 1]]
+    return hsv_to_rgb(hsv)
+
+
+def hue(image: NDArray[np.uint8], delta: int) -> NDArray[np.uint8]:
+    """Turn the hue by `delta` steps of two degrees."""
+    hsv = rgb_to_hsv(image)
+    turned = ((np.arange(256) + delta) % 180).astype(np.uint8)
+    hsv[..., 0] = turned[hsv[..., 0]]
+    return hsv_to_rgb(hsv)
+
+
+def rgb_to_hsv(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """(H, W, 3) red green blue -> hue saturation value, bit for bit OpenCV's."""
+    hsv = np.empty_like(image)
+    for start in range(0, len(image), BLOCK):
+        hsv[start : start + BLOCK] = _block_to_hsv(image[start : start + BLOCK])
+    return hsv
+
+
+def _block_to_hsv(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    red, green, blue = np.moveaxis(image, 2, 0).astype(np.int16, order="C")
+    value = np.maximum(np.maximum(red, green), blue)
+    spread = value - np.minimum(np.minimum(red, green), blue)
+    # The distance along the hue circle from the leading colour; red leads over green, green over blue on ties.
+    turn = np.where(value == green, blue - red + 2 * spread, red - green + 4 * spread)
+    turn = np.where(value == red, green - blue, turn)
+    angle = (turn * np.take(HUE_TABLE, spread) + 2048) >> 12
+    angle += 180 & (angle >> 31)  # adds 180 where the sign bit is set
+    chroma = (spread * np.take(SATURATION_TABLE, value) + 2048) >> 12
+    return np.stack([angle, chroma, value], axis=2).astype(np.uint8)
+
+
+def hsv_to_rgb(hsv: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """(H, W, 3) hue saturation value -> red green blue, the fraction cut off as in OpenCV's vector code."""
+    image = np.empty_like(hsv)
+    unit = np.float32(1 / 255)
+    for start in range(0, len(hsv), BLOCK):
+        angle, chroma, value = np.moveaxis(hsv[start : start + BLOCK], 2, 0)
+        places, part, light = angle.astype(np.intp), chroma * unit, value * unit
+        for channel in range(3):
+            share = np.take(PARTS[channel], places)
+            share *= part
+            np.subtract(1, share, out=share)
+            share *= light
+            share *= 255
+            image[start : start + BLOCK, :, channel] = share  # the assignment truncates
+    return image
+
+
+def _levels(factor: float, delta: float) -> NDArray[np.uint8]:
+    """(256,) what each level becomes: scaled and moved in float32, limited, cut off."""
+    levels = np.arange(256, dtype=np.float32) * np.float32(factor) + np.float32(delta)
+    return levels.clip(0, 255).astype(np.uint8)

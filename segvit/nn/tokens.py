@@ -1,0 +1,52 @@
+"""Tokens of a plain vision transformer between two blocks, and the ways between tokens and maps.
+
+Shapes    B images, N = h * w patch tokens on an h w grid, P prefix tokens (class, registers, prompts), D channels.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from segvit.contracts import Size
+
+
+class Step(NamedTuple):
+    """The state between two blocks; what adapters see in the gaps."""
+
+    tokens: Tensor  # (B, P + N, D), prefix first
+    prefix: int  # P; positions, rotary ones too, belong to the tokens after it
+    grid: Size  # of the N patch tokens now
+    base: Size  # of the patch tokens as embedded; differs from `grid` once tokens were dropped
+    kept: Tensor | None = None  # (N,) which tokens of `base` are left; None = all
+    rope: Tensor | None = None  # (N, 2d) or (heads, N, 2d), one per block where the rotation is learned (depth, ...)
+
+
+def patch_map(step: Step) -> Tensor:
+    """The patch tokens as a map (B, D, h, w); a view where possible."""
+    return step.tokens[:, step.prefix :].mT.unflatten(2, step.grid)
+
+
+def map_tokens(features: Tensor) -> Tensor:
+    """(B, D, h, w) -> (B, h*w, D), row by row."""
+    return features.flatten(2).mT
+
+
+def pad_to_patches(images: Tensor, patch: Size) -> Tensor:
+    """Zeros at the right and the bottom up to whole patches."""
+    height, width = images.shape[-2:]
+    below, right = -height % patch[0], -width % patch[1]
+    return F.pad(images, (0, right, 0, below)) if below or right else images
+
+
+def resize_positions(positions: Tensor, *, old: Size, new: Size, mode: str = "bicubic") -> Tensor:
+    """Position embeddings (1, h0*w0, D) of one grid for another, (1, h*w, D).
+
+    Never antialiased: some exported runtimes silently ignore that flag, and the originals do not use it.
+    """
+    if old == new:
+        return positions
+    maps = positions.mT.unflatten(2, old)
+    return F.interpolate(maps, size=new, mode=mode, align_corners=False).flatten(2).mT

@@ -1,0 +1,182 @@
+"""The catalogue: every model's name in one literal dict, and the ways to create, save and load them.
+
+Adding a system touches this dict, the system's file and its test.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
+from torch import Tensor, nn
+
+from segvit import __version__
+from segvit.contracts import Classes, Dense, InputSpec, ModelConfig, Readout, UserError
+from segvit.data.files import open_atomic, write_json, write_text
+from segvit.systems import segmenter, segvit
+
+if TYPE_CHECKING:
+    from segvit.contracts import Model
+
+
+class System(NamedTuple):
+    """All that the rest of the library needs to know of a model."""
+
+    build: Callable[..., nn.Module]  # keyword-only options -> the module
+    criterion: Callable[..., dict[str, Tensor]]  # (out, masks, totals, *, ignore_index, ...) -> weighted terms
+    normalisers: Callable[..., dict[str, Tensor]]  # (masks, *, num_classes, ignore_index) -> sums over the batch
+    readout: Readout
+    convert: Callable[[dict[str, Tensor]], dict[str, Tensor]]  # official state dict -> ours
+    task: Literal["dense"] = "dense"
+
+
+def _segvit(build: Callable[..., nn.Module]) -> System:
+    return System(build, segvit.criterion, segvit.normalisers, segvit.READOUT, segvit.convert)
+
+
+def _segmenter(build: Callable[..., nn.Module]) -> System:
+    return System(build, segmenter.criterion, segmenter.normalisers, segmenter.READOUT, segmenter.convert)
+
+
+MODELS: dict[str, System] = {
+    "segvit_vit_tiny": _segvit(segvit.segvit_vit_tiny),
+    "segvit_vit_small": _segvit(segvit.segvit_vit_small),
+    "segvit_vit_base": _segvit(segvit.segvit_vit_base),
+    "segvit_vit_large": _segvit(segvit.segvit_vit_large),
+    "segvit_shrunk_vit_tiny": _segvit(segvit.segvit_shrunk_vit_tiny),
+    "segvit_shrunk_vit_small": _segvit(segvit.segvit_shrunk_vit_small),
+    "segvit_shrunk_vit_base": _segvit(segvit.segvit_shrunk_vit_base),
+    "segvit_shrunk_vit_large": _segvit(segvit.segvit_shrunk_vit_large),
+    "segmenter_vit_tiny": _segmenter(segmenter.segmenter_vit_tiny),
+    "segmenter_vit_small": _segmenter(segmenter.segmenter_vit_small),
+    "segmenter_vit_base": _segmenter(segmenter.segmenter_vit_base),
+    "segmenter_vit_large": _segmenter(segmenter.segmenter_vit_large),
+    "segmenter_linear_vit_base": _segmenter(segmenter.segmenter_linear_vit_base),
+}
+
+
+def find_system(name: str) -> System:
+    """The system of that name. Raises UserError with the nearest names for an unknown one."""
+    if name not in MODELS:
+        near = difflib.get_close_matches(name, MODELS, n=3, cutoff=0.4)
+        raise UserError(f"unknown model {name!r}; did you mean {', '.join(near) or 'one of segvit models list'}?")
+    return MODELS[name]
+
+
+def build_network(name: str, **options: Any) -> nn.Module:
+    """The bare module of a model, checked keyword by keyword. Raises UserError for an unknown or missing option."""
+    build = find_system(name).build
+    accepted = inspect.signature(build).parameters
+    for option in options:
+        if option not in accepted:
+            near = difflib.get_close_matches(option, accepted, n=3, cutoff=0.4) or sorted(accepted)
+            raise UserError(f"{name} has no option {option!r}; did you mean {', '.join(near)}?")
+    return build(**options)
+
+
+def create_model(
+    name: str, *, num_classes: int | None = None, classes: Classes | None = None, spec: InputSpec | None = None,
+    **options: Any,
+) -> Model:  # fmt: skip
+    """A model by name, with `.spec`, `.classes`, `.readout` and `.config` attached.
+
+    Give `classes` (names and colours) or just `num_classes`. `options` are the builder's keywords; `spec` defaults to
+    the backbone's mean and standard deviation at the image's own size.
+    """
+    if classes is None:
+        if num_classes is None:
+            raise UserError(f"{name} needs num_classes or classes")
+        classes = numbered_classes(num_classes)
+    elif num_classes not in (None, len(classes)):
+        raise UserError(f"num_classes is {num_classes} but the class table has {len(classes)} entries; leave one out")
+    network = build_network(name, num_classes=len(classes), **options)
+    model = cast("Model", network)
+    # What the options were built from is not needed to build them again: weights come with the model.
+    kept = {key: value for key, value in options.items() if key != "weights"}
+    model.config = ModelConfig(name=name, options=kept, classes=classes)
+    model.classes, model.readout = classes, find_system(name).readout
+    model.spec = spec or InputSpec(mean=cast(Any, network).backbone.mean, std=cast(Any, network).backbone.std)
+    return model
+
+
+def numbered_classes(count: int) -> Classes:
+    """A class table without names: class_0, class_1 ... on a gray ramp."""
+    grays = [round(255 * (i + 1) / count) for i in range(count)]
+    return Classes(tuple(f"class_{i}" for i in range(count)), tuple((g, g, g) for g in grays))
+
+
+def save_model(model: Model, folder: str | Path, *, card: str | None = None) -> None:
+    """Write a folder that `load_model` reads: config.json, model.safetensors, preprocessor_config.json, README.md."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    write_json(folder / "config.json", model.config.to_json(__version__))
+    write_json(folder / "preprocessor_config.json", model.spec.to_json())
+    with open_atomic(folder / "model.safetensors") as file:
+        file.write(serialize(tensors, metadata={"format": "pt"}))
+    if card is not None:
+        write_text(folder / "README.md", card)
+
+
+def load_model(source: str | Path, *, device: str | torch.device = "cpu") -> Model:
+    """A model from a run folder, a model folder or a hub id, ready for inference.
+
+    Raises UserError when the folder is incomplete or its weights do not fit its configuration.
+    """
+    folder = _model_folder(source)
+    config = ModelConfig.from_json(_read_json(folder / "config.json"))
+    spec = InputSpec.from_json(_read_json(folder / "preprocessor_config.json"))
+    model = create_model(config.name, classes=config.classes, spec=spec, **config.options)
+    try:
+        state = load_file(folder / "model.safetensors")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{folder}/model.safetensors cannot be read ({error}); copy the model folder again") from error
+    load_state(model, state, source=str(folder))
+    return model.to(device).eval()
+
+
+def load_state(model: nn.Module, state: dict[str, Tensor], *, source: str) -> None:
+    """Load weights of which every key and shape must fit. Raises UserError that names the first that do not."""
+    own = model.state_dict()
+    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    wrong = [key for key in sorted(own.keys() & state.keys()) if own[key].shape != state[key].shape]
+    if missing or unknown:
+        raise UserError(f"{source} does not fit the model: missing {missing[:3]}, unknown {unknown[:3]}")
+    if wrong:
+        key = wrong[0]
+        raise UserError(
+            f"{source}: {key} is {tuple(state[key].shape)}, the model's is {tuple(own[key].shape)}; "
+            "is the number of classes or the image size another one?"
+        )
+    model.load_state_dict(state)
+
+
+def _model_folder(source: str | Path) -> Path:
+    folder = Path(source).expanduser()
+    for candidate in (folder, folder / "model"):
+        if (candidate / "config.json").is_file():
+            return candidate
+    if folder.exists():
+        raise UserError(f"{folder} holds no model (no config.json, no model/config.json); give a run or model folder")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"]))
+    except Exception as error:  # the hub client raises many kinds: offline, gated, unknown, malformed id
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{source} is neither a folder nor a model to be had from the hub ({reason})") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return cast("dict[str, Any]", json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); copy the model folder again") from error

@@ -1,0 +1,17 @@
+"""Settings of every test run: one thread, no network, a seeded generator."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything reads it at import
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def seeded() -> torch.Generator:
+    """A generator with a fixed seed; the global one is seeded too."""
+    torch.manual_seed(0)
+    return torch.Generator().manual_seed(0)

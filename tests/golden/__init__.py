@@ -1,0 +1,1 @@
+"""Golden cases and the command that runs them: `python -m tests.golden DIR...`."""

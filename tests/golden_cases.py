@@ -1,0 +1,226 @@
+"""Builders of our counterparts to the golden cases, by (system, kind).
+
+A builder makes the part from the case's config, loads the official weights through `convert`, runs it on the case's
+inputs and returns the outputs under the official names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from segvit.backbones.vit import PlainViT
+from segvit.contracts import Dense
+from segvit.engine.optim import clip_gradients, make_optimizer, parameter_rates, set_rates
+from segvit.engine.schedule import learning_rate
+from segvit.engine.settings import Optim, Schedule
+from segvit.systems import segmenter, segvit
+from tests.golden.run import Case
+from tests.golden_mmseg import MMSEG
+
+
+def load(module: nn.Module, state: dict[str, Tensor], prefix: str = "") -> nn.Module:
+    """Load a converted state dict (the part under `prefix`), every key used and none missing."""
+    module.load_state_dict({key.removeprefix(prefix): value for key, value in state.items()})
+    return module.eval()
+
+
+def mmseg_vit(config: dict[str, Any]) -> PlainViT:
+    """mmseg 0.24's VisionTransformer, as SegViT's configurations use it."""
+    trunk = VisionTransformer(
+        img_size=tuple(config["img_size"]), patch_size=config["patch_size"], in_chans=config["in_channels"],
+        embed_dim=config["embed_dims"], depth=config["num_layers"], num_heads=config["num_heads"], num_classes=0,
+        mlp_ratio=config.get("mlp_ratio", 4), qkv_bias=config.get("qkv_bias", True), final_norm=False,
+    )  # fmt: skip
+    for module in trunk.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = config["norm_cfg"].get("eps", 1e-5)
+    trunk.pretrained_cfg = {}
+    final = config.get("final_norm", False)
+    return PlainViT(trunk, out_indices=config["out_indices"], prefix_tokens="drop", final_norm=final)
+
+
+def segvit_model(config: dict[str, Any], weights: dict[str, Tensor], *, fixed: bool = True) -> nn.Module:
+    """Official (Shrunk) SegViT from its mmseg configuration, with the official weights converted."""
+    backbone, head = config["backbone"], config["decode_head"]
+    canvas = (head["img_size"], head["img_size"]) if isinstance(head["img_size"], int) else tuple(head["img_size"])
+    vit = mmseg_vit(backbone)
+    common = dict(num_classes=head["num_classes"], heads=head["num_heads"], layers=head["num_layers"], dropout=0.0)
+    dim = head["embed_dims"]
+    model: nn.Module
+    if head["type"] == "TPNATMHead":
+        side = canvas[0] // head.get("shrink_ratio", 16)
+        part = segvit.ShrunkHead(head["in_channels"], dim, stages=head["use_stages"], grid=(side, side),
+                                 fixed_queries=fixed, **common)  # fmt: skip
+        model = segvit.ShrunkSegViT(vit, part, shrink_at=backbone["shrink_idx"], fixed_masks=canvas if fixed else None)
+    else:
+        use_proj = head.get("use_proj", True)
+        cascade = segvit.ATMHead(head["in_channels"], dim, stages=head["use_stages"], use_proj=use_proj, **common)
+        model = segvit.SegViT(vit, cascade, fixed_masks=canvas if fixed else None)
+    return load(model, segvit.convert(weights))
+
+
+def official_names(out: Dense, canvas: tuple[int, int] | None) -> dict[str, Tensor]:
+    """SegViT's extras under the names of the official head's output dict."""
+    named = {"pred_logits": out.extras["class_logits"]}
+    for key, value in out.extras.items():
+        if key.startswith("aux"):
+            named[key.replace("class_logits", "pred_logits").replace("_masks", "_pred_masks")] = value
+    if canvas is not None:
+        named["pred_masks"] = F.interpolate(out.extras["masks"], size=canvas, mode="bilinear", align_corners=False)
+    return named
+
+
+def atm_head(case: Case) -> dict[str, Tensor]:
+    config = case.config
+    head = segvit.ATMHead(
+        config["in_channels"], config["embed_dims"], num_classes=config["num_classes"], heads=config["num_heads"],
+        layers=config["num_layers"], stages=config["use_stages"], dropout=0.0, use_proj=config.get("use_proj", True),
+    )  # fmt: skip
+    weights = {k if k.startswith("decode_head.") else f"decode_head.{k}": v for k, v in case.weights.items()}
+    load(head, segvit.convert(weights), "head.")
+    tokens = [case.inputs[f"tok{i}"] for i in range(len(case.inputs))][: config["use_stages"]]
+    maps = [segvit.square(t.mT[..., None]) for t in tokens]
+    canvas = (config["img_size"], config["img_size"])
+    out = segvit.dense_output(head(maps), covers=canvas, size=canvas, fixed=canvas)
+    return official_names(out, canvas) | {"pred": out.extras["canvas"]}
+
+
+def atm_loss(case: Case) -> dict[str, Tensor]:
+    config = case.config
+    named = {k: v.clone().requires_grad_() for k, v in case.inputs.items() if k != "label"}
+    extras = {k.replace("pred_logits", "class_logits").replace("pred_masks", "masks"): v for k, v in named.items()}
+    label = case.inputs["label"]
+    out = Dense(extras["masks"], extras, (label.shape[-2], label.shape[-1]))
+    ignore = config["ignore_index"]
+    totals = segvit.normalisers(label, num_classes=config["num_classes"], ignore_index=ignore)
+    scale = config.get("loss_weight", 1.0)
+    losses = segvit.criterion(
+        out, label, totals, ignore_index=ignore, class_weight=scale * config["cls_weight"],
+        mask_weight=scale * config["mask_weight"], dice_weight=scale * config["dice_weight"],
+        no_object=config["eos_coef"], alpha=config["focal_alpha"], gamma=config["focal_gamma"],
+    )  # fmt: skip
+    total = torch.stack(list(losses.values())).sum()
+    total.backward()
+    gradients = {f"grad_{name}": value.grad for name, value in named.items() if value.grad is not None}
+    return {name: value.detach() for name, value in losses.items()} | {"total": total.detach()} | gradients
+
+
+@torch.no_grad()
+def whole(case: Case) -> dict[str, Tensor]:
+    """Image -> scores at the input size, plain and Shrunk."""
+    model = segvit_model(case.config, case.weights)
+    image = case.inputs["image"]
+    out = model(image)
+    size = (image.shape[-2], image.shape[-1])
+    scores = segvit.scores(out, size, range(size[0]))
+    if isinstance(model, segvit.ShrunkSegViT):
+        tokens = [m.flatten(2).mT for m in model.shrunk_features(image).maps]
+    else:
+        tokens = model.backbone(image).maps
+    named = {"head_pred": out.extras["canvas"], "logits": scores, "softmax": scores.softmax(1)}
+    return named | official_names(out, None) | {f"tokens{i}": t for i, t in enumerate(tokens)}
+
+
+def trajectory(case: Case) -> dict[str, Tensor]:
+    """Training iterations in fp32 (everything) and fp64 (losses), through our groups, schedule, clipping and AdamW."""
+    single, double = _train(case, torch.float32), _train(case, torch.float64)
+    return single | {k.replace("step.", "step64."): v for k, v in double.items() if k.startswith("step.")}
+
+
+def _train(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
+    config = case.config
+    model = segvit_model(config["model"], case.weights, fixed=True).to(dtype)
+    names = {new: old for old, new in _renamed(case.weights).items()}  # ours -> official
+    official = [(names[name], parameter) for name, parameter in model.named_parameters()]
+    schedule = mmseg_schedule(config["lr_config"])
+    optim = mmseg_optim(config["optimizer"])
+    parameters = parameter_rates(official, optim)
+    optimizer = make_optimizer(parameters, optim)
+    loss_config = config["model"]["decode_head"]["loss_decode"]
+    log: dict[str, list[float]] = {}
+    outputs: dict[str, Tensor] = {}
+    logged_rates: list[list[float]] = []
+    model.train()
+    for step in range(config["steps"]):
+        set_rates(optimizer, schedule, step, config["max_iters"])
+        by_name = {
+            rate.name: learning_rate(schedule, step, base=rate.lr, steps=config["max_iters"]) for rate in parameters
+        }
+        logged_rates.append([by_name[column] for column in config["lr_columns"]])
+        images, labels = case.inputs["image"][step].to(dtype), case.inputs["label"][step]
+        out = model(images)
+        totals = segvit.normalisers(labels, num_classes=loss_config["num_classes"], ignore_index=config["ignore_index"])
+        losses = segvit.criterion(out, labels, totals, ignore_index=config["ignore_index"])
+        loss = torch.stack(list(losses.values())).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = clip_gradients(model.parameters(), config["grad_clip"]["max_norm"])
+        if step == 0:
+            outputs |= {f"grad0.{name}": p.grad.clone() for name, p in official if p.grad is not None}
+        optimizer.step()
+        valid = labels != config["ignore_index"]
+        scores = segvit.scores(out, labels.shape[-2:], range(labels.shape[-2]))
+        accuracy = 100 * (scores.argmax(1) == labels)[valid].float().mean()
+        for name, value in {**losses, "loss": loss, "grad_norm": norm, "acc_seg": accuracy}.items():
+            log.setdefault(f"step.{name}", []).append(float(value))
+    outputs |= {name: torch.tensor(values, dtype=torch.float64) for name, values in log.items()}
+    outputs["lr"] = torch.tensor(logged_rates, dtype=torch.float64)
+    return outputs | {f"final.{name}": p.detach() for name, p in official}
+
+
+def _renamed(weights: dict[str, Tensor]) -> dict[str, str]:
+    """Official key -> our key, found by sending numbered tensors through `convert`."""
+    keys = list(weights)
+    converted = segvit.convert({key: torch.tensor(i) for i, key in enumerate(keys)})
+    return {keys[int(number)]: new for new, number in converted.items()}
+
+
+def mmseg_schedule(config: dict[str, Any]) -> Schedule:
+    return Schedule(
+        kind="poly", power=config["power"], min_lr=config["min_lr"], warmup=config["warmup_iters"],
+        warmup_ratio=config["warmup_ratio"],
+    )  # fmt: skip
+
+
+def mmseg_optim(config: dict[str, Any]) -> Optim:
+    """Our optimiser settings from mmcv's `custom_keys`."""
+    keys = config["paramwise_cfg"]["custom_keys"]
+    return Optim(
+        lr=config["lr"], betas=tuple(config["betas"]), weight_decay=config["weight_decay"],
+        lr_mult={k: v["lr_mult"] for k, v in keys.items() if "lr_mult" in v},
+        decay_mult={k: v["decay_mult"] for k, v in keys.items() if "decay_mult" in v},
+    )  # fmt: skip
+
+
+def mask_transformer(case: Case) -> dict[str, Tensor]:
+    config = case.config
+    decoder = segmenter.MaskTransformer(
+        config["d_encoder"], config["d_model"], num_classes=config["n_cls"], layers=config["n_layers"],
+        heads=config["n_heads"], hidden=config["d_ff"],
+    )  # fmt: skip
+    weights = {k if k.startswith("decoder.") else f"decoder.{k}": v for k, v in case.weights.items()}
+    load(decoder, segmenter.convert(weights), "decoder.")
+    tokens = case.inputs["tokens"]
+    height, width = (side // config["patch_size"] for side in config["image_hw"])
+    with torch.no_grad():
+        masks = decoder(tokens).unflatten(2, (height, width))
+    size = tuple(config["image_hw"])
+    return {"masks": masks, "logits_image_size": F.interpolate(masks, size=size, mode="bilinear", align_corners=False)}
+
+
+BUILDERS: dict[tuple[str, str], Callable[[Case], dict[str, Tensor]]] = {
+    ("segvit", "atm_head"): atm_head,
+    ("segvit", "atm_loss"): atm_loss,
+    ("segvit", "whole"): whole,
+    ("segvit", "shrunk"): whole,
+    ("segvit", "trajectory"): trajectory,
+    ("segvit", "trajectory_shrunk"): trajectory,
+    ("segmenter", "mask_transformer"): mask_transformer,
+    **MMSEG,
+}

@@ -1,0 +1,144 @@
+"""The confusion matrix against torchmetrics and scikit-learn, its policy for absent classes, and its algebra."""
+
+import time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import confusion_matrix
+from torchmetrics.classification import MulticlassJaccardIndex
+
+from segvit.contracts import Classes
+from segvit.metrics.confusion import COLUMNS, ConfusionMatrix
+
+IGNORE = 255
+
+
+def maps(seed, *, num_classes=7, size=(40, 30), ignored=0.1):
+    rng = np.random.default_rng(seed)
+    label = rng.integers(0, num_classes, size).astype(np.uint8)
+    pred = np.where(rng.random(size) < 0.6, label, rng.integers(0, num_classes, size)).astype(np.uint8)
+    label[rng.random(size) < ignored] = IGNORE
+    return pred, label
+
+
+def matrix_of(pred, label, num_classes=7):
+    counts = ConfusionMatrix(num_classes, IGNORE)
+    counts.update(pred, label)
+    return counts
+
+
+def test_equals_sklearn_and_torchmetrics():
+    pred, label = maps(0)
+    counts, valid = matrix_of(pred, label), label != IGNORE
+    np.testing.assert_array_equal(counts.matrix, confusion_matrix(label[valid], pred[valid], labels=range(7)))
+    jaccard = MulticlassJaccardIndex(7, average="none", ignore_index=IGNORE)
+    expected = jaccard(torch.from_numpy(pred).long(), torch.from_numpy(label).long())
+    np.testing.assert_allclose(counts.metrics().iou, expected.numpy(), rtol=1e-6)
+
+
+def test_absent_and_predicted_only_classes():
+    # Class 0: 3 labelled, 2 hit. Class 1: 2 labelled, 2 hit. Class 2: predicted only. Class 3: nowhere.
+    result = matrix_of(np.array([[0, 0, 2, 1, 1, 3]]), np.array([[0, 0, 0, 1, 1, IGNORE]]), 4).metrics()
+    np.testing.assert_allclose(result.iou, [2 / 3, 1, 0, np.nan])
+    np.testing.assert_allclose(result.acc, [2 / 3, 1, np.nan, np.nan])
+    np.testing.assert_allclose(result.recall, result.acc)
+    np.testing.assert_allclose(result.precision, [1, 1, 0, np.nan])
+    np.testing.assert_allclose(result.dice, [0.8, 1, 0, np.nan])
+    np.testing.assert_allclose(result.fscore, [0.8, 1, np.nan, np.nan])
+    assert (result.miou, result.macc, result.aacc) == pytest.approx((5 / 9, 5 / 6, 0.8))
+    assert result.counted == 3
+
+
+@pytest.mark.parametrize("label", [np.full((3, 3), IGNORE, np.uint8), np.zeros((0, 5), np.uint8)])
+def test_nothing_labelled_is_nan_without_warning(label):
+    result = matrix_of(np.zeros(label.shape, np.uint8), label, 2).metrics()
+    assert np.isnan([result.miou, result.macc, result.aacc]).all()
+    assert result.counted == 0
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.int64, np.uint64])
+def test_every_integer_type_counts_the_same(dtype):
+    pred, label = maps(1)
+    expected = matrix_of(pred, label).matrix
+    np.testing.assert_array_equal(matrix_of(pred.astype(dtype), label.astype(dtype)).matrix, expected)
+    tensors = torch.from_numpy(pred.astype(dtype)), torch.from_numpy(label.astype(dtype))
+    np.testing.assert_array_equal(matrix_of(*tensors).matrix, expected)
+
+
+def test_predictions_on_ignored_pixels_are_never_looked_at():
+    counts = matrix_of(np.array([[0, 200, -7]]), np.array([[0, IGNORE, IGNORE]]), 2)
+    np.testing.assert_array_equal(counts.matrix, [[1, 0], [0, 0]])
+
+
+def test_many_classes_with_their_own_ignore_id():
+    counts = ConfusionMatrix(300, 65535)
+    counts.update(np.array([255, 299, 3], np.uint16), np.array([255, 299, 65535], np.uint16))
+    assert counts.matrix[255, 255] == counts.matrix[299, 299] == 1
+    assert counts.matrix.sum() == 2
+
+
+@pytest.mark.parametrize(
+    ("pred", "label", "message"),
+    [
+        ([0, 1], [0, 7], "label 7 is not a class id; allowed are 0 to 6 or the ignore id 255"),
+        ([0, 1], [0, -1], "label -1 is not a class id"),
+        ([0, 9], [0, 1], "prediction 9 is not a class id; allowed are 0 to 6$"),
+        ([0, -2], [0, 1], "prediction -2 is not a class id"),
+        ([0, 1, 2], [0, 1], r"pred is \(3,\) but label is \(2,\)"),
+        ([0.0, 1.0], [0, 1], "pred holds float64"),
+    ],
+)
+def test_bad_input_is_named_and_counts_nothing(pred, label, message):
+    counts = ConfusionMatrix(7, IGNORE)
+    with pytest.raises(ValueError, match=message):
+        counts.update(np.array(pred), np.array(label))
+    assert not counts.matrix.any()
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 2**32 - 1), st.integers(0, 40), st.floats(0, 1))
+def test_parts_add_up_to_the_whole(seed, cut, ignored):
+    pred, label = maps(seed, ignored=ignored)
+    whole, parts = matrix_of(pred, label), matrix_of(pred[:cut], label[:cut])
+    parts.add(matrix_of(pred[cut:], label[cut:]))
+    np.testing.assert_array_equal(parts.matrix, whole.matrix)
+    areas = whole.areas()
+    np.testing.assert_array_equal(areas.union + areas.intersect, areas.pred + areas.label)
+    assert whole.matrix.sum() == (label != IGNORE).sum()
+
+
+def test_matrices_of_other_classes_do_not_add():
+    with pytest.raises(ValueError, match="both must be equal"):
+        ConfusionMatrix(3, IGNORE).add(ConfusionMatrix(4, IGNORE))
+
+
+def test_json_and_table():
+    classes = Classes(("a", "b", "c", "d"), ((0, 0, 0),) * 4)
+    result = matrix_of(np.array([0, 0, 2, 1, 1]), np.array([0, 0, 0, 1, 1]), 4).metrics()
+    data = result.to_json(classes)
+    assert data["counted"] == 3
+    assert data["classes"][3] == {
+        "id": 3, "name": "d", "iou": None, "acc": None, "dice": None, "fscore": None,
+        "precision": None, "recall": None, "pixels": 0, "share": 0.0,
+    }  # fmt: skip
+    rows = result.table(classes)
+    assert rows[0] == ("a", "66.67", "66.67", "100.00", "80.00", "60.00")
+    assert rows[3] == ("d", "-", "-", "-", "-", "0.00")
+    assert rows[4][:2] == ("mean of 3", "55.56")
+    assert {len(row) for row in rows} == {len(COLUMNS)}
+    with pytest.raises(ValueError, match="4 classes but a table of 1"):
+        result.to_json(Classes(("a",), ((0, 0, 0),)))
+
+
+def test_speed():
+    """1.2 ms was measured; the limit leaves room for a busy machine."""
+    pred, label = maps(2, num_classes=150, size=(512, 512))
+    counts, best = ConfusionMatrix(150, IGNORE), 1.0
+    for _ in range(15):
+        start = time.perf_counter()
+        counts.update(pred, label)
+        best = min(best, time.perf_counter() - start)
+    assert best < 0.006
