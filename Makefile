@@ -13,6 +13,7 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## .venv with the pinned packages and segvit itself, editable
+	@:
 
 $(STAMP): requirements.txt pyproject.toml
 	@echo "Installing into .venv (the first time takes a few minutes) ..."

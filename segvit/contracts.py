@@ -1,4 +1,4 @@
-"""The contracts: what the parts of the library hand to each other. Everything may import this file; it imports nothing of ours.
+"""The contracts: what the parts of the library hand to each other. All may import this file; it imports nothing of ours.
 
 Shapes    B images, K classes, H W pixels of the network's input, h w token or map grid, C channels.
 """
@@ -111,13 +111,16 @@ class InputSpec:
     def from_json(data: dict[str, Any]) -> InputSpec:
         """The inverse of `to_json`."""
         size = data.get("size") or {}
-        pair = lambda value: tuple(value) if value else None  # noqa: E731
         return InputSpec(
             mean=tuple(data["image_mean"]), std=tuple(data["image_std"]), min_side=data.get("min_side"),
             scale=(size["longest_edge"], size["shortest_edge"]) if "shortest_edge" in size else None,
             exact=(size["height"], size["width"]) if "height" in size else None,
-            window=pair(data.get("window")), stride=pair(data.get("stride")),
+            window=_pair(data.get("window")), stride=_pair(data.get("stride")),
         )  # fmt: skip
+
+
+def _pair(value: list[int] | None) -> Size | None:
+    return (value[0], value[1]) if value else None
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from segvit import __version__
-from segvit.contracts import Classes, Dense, InputSpec, ModelConfig, Readout, UserError
-from segvit.data.files import open_atomic, write_json, write_text
+from segvit.contracts import Classes, InputSpec, ModelConfig, Readout, UserError
+from segvit.files import open_atomic, write_json, write_text
 from segvit.systems import segmenter, segvit
 
 if TYPE_CHECKING:
@@ -180,3 +180,48 @@ def _read_json(path: Path) -> dict[str, Any]:
         return cast("dict[str, Any]", json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); copy the model folder again") from error
+
+
+def match_classes(model: Model, source: Model) -> None:
+    """Initialise `model` from `source`, a model of the same architecture with another class table, in place.
+
+    Rows of the head that belong to classes (found by building the network for one class more) are copied by class name;
+    new classes keep their fresh initialisation. Raises UserError when anything else differs in shape.
+    """
+    state, given = model.state_dict(), source.state_dict()
+    if state.keys() != given.keys():
+        raise UserError(
+            f"{source.config.name} and {model.config.name} have different parts; use --init with the same model"
+        )
+    names = source.classes.names
+    pairs = [(new, names.index(name)) for new, name in enumerate(model.classes.names) if name in names]
+    axes = _class_axes(model)
+    for key, value in given.items():
+        axis = axes.get(key)
+        if axis is None:
+            if state[key].shape != value.shape:
+                raise UserError(
+                    f"{key} is {tuple(value.shape)} in the run to start from and {tuple(state[key].shape)} here; "
+                    "use the same options, image_size included"
+                )
+            state[key] = value
+            continue
+        extra = state[key].shape[axis] - len(model.classes)  # e.g. the row of "no object"
+        rows = pairs + [(len(model.classes) + i, len(names) + i) for i in range(extra)]
+        target, origin = (
+            (torch.tensor(part, dtype=torch.long) for part in zip(*rows, strict=True)) if rows else (None, None)
+        )
+        if target is not None and origin is not None:
+            state[key] = state[key].index_copy(axis, target, value.index_select(axis, origin))
+    model.load_state_dict(state)
+
+
+def _class_axes(model: Model) -> dict[str, int]:
+    """The axis that belongs to classes, for every tensor that has one."""
+    shapes = []
+    for count in (len(model.classes), len(model.classes) + 1):
+        with torch.device("meta"):
+            network = build_network(model.config.name, num_classes=count, **model.config.options)
+        shapes.append({key: value.shape for key, value in network.state_dict().items()})
+    differing = {key: [a != b for a, b in zip(shapes[0][key], shapes[1][key], strict=True)] for key in shapes[0]}
+    return {key: different.index(True) for key, different in differing.items() if any(different)}

@@ -168,7 +168,7 @@ def _train(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
         scores = segvit.scores(out, labels.shape[-2:], range(labels.shape[-2]))
         accuracy = 100 * (scores.argmax(1) == labels)[valid].float().mean()
         for name, value in {**losses, "loss": loss, "grad_norm": norm, "acc_seg": accuracy}.items():
-            log.setdefault(f"step.{name}", []).append(float(value))
+            log.setdefault(f"step.{name}", []).append(torch.as_tensor(value).item())
     outputs |= {name: torch.tensor(values, dtype=torch.float64) for name, values in log.items()}
     outputs["lr"] = torch.tensor(logged_rates, dtype=torch.float64)
     return outputs | {f"final.{name}": p.detach() for name, p in official}

@@ -40,62 +40,55 @@ def test_folder_names_match_their_cases():
 # The command, on goldens that are wrong on purpose
 
 
-def run_command(*arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "tests.golden", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-
-
-def copy_case(target: Path, outputs: dict[str, torch.Tensor]) -> Path:
-    """A copy of the victim with other expected outputs."""
+def copy_case(target: Path, **changes) -> Path:
+    """A copy of the victim with some of its expected outputs exchanged."""
     folder = target / VICTIM.name
-    folder.mkdir()
+    folder.mkdir(parents=True)
     for name in ("case.json", "inputs.safetensors"):
         shutil.copyfile(VICTIM / name, folder / name)
-    save_file(outputs, folder / "outputs.safetensors")
+    save_file(load_file(VICTIM / "outputs.safetensors") | changes, folder / "outputs.safetensors")
     return folder
 
 
-def test_command_accepts_the_right_golden_anywhere(tmp_path):
-    done = run_command(copy_case(tmp_path, load_file(VICTIM / "outputs.safetensors")))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.split()[-1] == "ok"
+def shifted_case(target: Path) -> Path:
+    """The victim with one output off by a hundred times what is allowed."""
+    official, tolerance = load_file(VICTIM / "outputs.safetensors")["IoU"], load_case(VICTIM).tolerance
+    largest = official.nan_to_num().abs().max().item()
+    return copy_case(target, IoU=official + 100 * (tolerance["atol"] + tolerance["rtol"] * largest))
 
 
-def test_command_rejects_a_shifted_output(tmp_path):
-    outputs = load_file(VICTIM / "outputs.safetensors")
-    tolerance = load_case(VICTIM).tolerance
-    largest = outputs["IoU"].nan_to_num().abs().max().item()
-    outputs["IoU"] = outputs["IoU"] + 100 * (tolerance["atol"] + tolerance["rtol"] * largest)
-    done = run_command(copy_case(tmp_path, outputs))
-    passed, total, verdict = fields(done.stdout)
-    assert (done.returncode, verdict, passed) == (1, "FAIL", total - 1), done.stdout + done.stderr
-    assert "    IoU differs by " in done.stderr
-
-
-def test_command_rejects_an_output_that_is_not_produced(tmp_path):
-    outputs = load_file(VICTIM / "outputs.safetensors")
-    done = run_command(copy_case(tmp_path, outputs | {"another": torch.zeros(2)}))
-    passed, total, verdict = fields(done.stdout)
-    assert (done.returncode, verdict, passed) == (1, "FAIL", total - 1), done.stdout + done.stderr
-    assert "    another is expected but not produced" in done.stderr
-
-
-def fields(stdout: str) -> tuple[int, int, str]:
-    """(passed, total, verdict) of the only line."""
-    assert stdout.count("\n") == 1
-    name, counts, word, error, verdict = stdout.rstrip("\n").replace(" tensors", "  tensors").split("  ")
-    assert (name, word) == (VICTIM.name, "tensors")
+def fields(line: str) -> tuple[int, int, str]:
+    """(passed, total, verdict) of a line of the victim."""
+    name, counts, error, verdict = line.replace(" tensors", "").split("  ")
+    assert name == VICTIM.name
     assert error == "-" or float(error) >= 0
     passed, total = map(int, counts.split("/"))
     return passed, total, verdict
 
 
-def test_command_says_unsupported(tmp_path):
-    folder = copy_case(tmp_path, load_file(VICTIM / "outputs.safetensors"))
-    meta = json.loads((folder / "case.json").read_text())
-    (folder / "case.json").write_text(json.dumps(meta | {"kind": "unheard_of"}))
-    done = run_command(folder)
-    assert (done.returncode, fields(done.stdout)[2]) == (1, "unsupported")
+def test_command_rejects_wrong_goldens(tmp_path):
+    right = copy_case(tmp_path / "right")
+    shifted = shifted_case(tmp_path / "shifted")
+    longer = copy_case(tmp_path / "longer", another=torch.zeros(2))
+    command = [sys.executable, "-m", "tests.golden", right, shifted, longer]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1, done.stdout + done.stderr
+    total = len(load_file(VICTIM / "outputs.safetensors"))
+    expected = [(total, total, "ok"), (total - 1, total, "FAIL"), (total, total + 1, "FAIL")]
+    assert [fields(line) for line in done.stdout.splitlines()] == expected, done.stdout + done.stderr
+    assert "    IoU differs by " in done.stderr
+    assert "    another is expected but not produced" in done.stderr
+
+
+def test_exit_code_of_each(tmp_path, capsys):
+    strange = copy_case(tmp_path / "strange")
+    meta = json.loads((strange / "case.json").read_text())
+    (strange / "case.json").write_text(json.dumps(meta | {"kind": "unheard_of"}))
+    assert main([str(copy_case(tmp_path / "right"))]) == 0
+    assert main([str(shifted_case(tmp_path / "shifted"))]) == 1
+    assert main([str(copy_case(tmp_path / "longer", another=torch.zeros(2)))]) == 1
+    assert main([str(strange)]) == 1
+    assert [fields(line)[2] for line in capsys.readouterr().out.splitlines()] == ["ok", "FAIL", "FAIL", "unsupported"]
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"system": "x"}'])

@@ -12,7 +12,7 @@ Shapes    B images, H W pixels, h w token grid, N = h * w patch tokens, P prefix
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import timm
 import torch
@@ -86,7 +86,7 @@ class PlainViT(nn.Module):
         tokens = self.patch_embed.norm(maps.flatten(2).mT)
         singles = [token for token in (self.cls_token, self.dist_token, self.reg_token) if token is not None]
         prefix = sum(token.shape[1] for token in singles)
-        positions = self.pos_embed
+        positions: Tensor | None = self.pos_embed
         if positions is not None:
             head = prefix if self.prefix_has_position else 0
             patches = resize_positions(positions[:, head:], old=self.pretrained_grid, new=grid, mode=self.position_mode)
@@ -132,7 +132,9 @@ class PlainViT(nn.Module):
         if step.rope is None:
             return None
         rope = step.rope[index] if self.rope_per_block else step.rope
-        still = torch.cat([torch.zeros_like(rope[..., :1, :].chunk(2, -1)[0]), torch.ones_like(rope[..., :1, :].chunk(2, -1)[0])], -1)
+        still = torch.cat(
+            [torch.zeros_like(rope[..., :1, :].chunk(2, -1)[0]), torch.ones_like(rope[..., :1, :].chunk(2, -1)[0])], -1
+        )
         return torch.cat([still.expand(*rope.shape[:-2], step.prefix, -1), rope], dim=-2)
 
     def bias(self, index: int, step: Step) -> Tensor | None:
@@ -141,7 +143,9 @@ class PlainViT(nn.Module):
         tables = [] if self.rel_pos_bias is None else [self.rel_pos_bias]
         if isinstance(block, BeitBlock) and block.attn.relative_position_bias_table is not None:
             tables.append(block.attn)
-        biases = [_relative_bias(table.relative_position_bias_table, tuple(table.window_size), step) for table in tables]
+        biases = [
+            _relative_bias(table.relative_position_bias_table, tuple(table.window_size), step) for table in tables
+        ]
         return torch.stack(biases).sum(0) if biases else None
 
     def forward(self, images: Tensor) -> Features:
@@ -165,7 +169,7 @@ class PlainViT(nn.Module):
         return Features(maps, strides, step.base, covers, step.tokens[:, 0] if has_class else None)
 
 
-def _run_block(block: nn.Module, step: Step, rope: Tensor | None, bias: Tensor | None, rows: Tensor | None) -> Tensor:
+def _run_block(block: Any, step: Step, rope: Tensor | None, bias: Tensor | None, rows: Tensor | None) -> Tensor:
     """One timm block on (B, P + N, D); with `rows`, the output of those tokens only."""
     tokens = step.tokens
     if isinstance(block, BeitBlock):
@@ -260,8 +264,8 @@ def plain_vit(
 
     `image_size` sets the grid of the position embedding; other sizes work at any time. `weights` is a hub name
     (`timm` tag such as `vit_base_patch16_384.augreg_in21k_ft_in1k`, or `org/repo`), a local .safetensors, .pth or .npz
-    file, or None. `attention_drop_path=False` applies stochastic depth to the MLP branch only. `patch_size`, `depth` and
-    `embed_dim` (64 a head) change the named architecture, for training from nothing.
+    file, or None. `attention_drop_path=False` applies stochastic depth to the MLP branch only. `patch_size`, `depth`
+    and `embed_dim` (64 a head) change the named architecture, for training from nothing.
 
     Raises UserError for a name that timm lacks or that is not a plain ViT, and for weights that cannot be had.
     """
@@ -269,7 +273,9 @@ def plain_vit(
     changes |= {} if depth is None else {"depth": depth}
     changes |= {} if embed_dim is None else {"embed_dim": embed_dim, "num_heads": max(1, embed_dim // 64)}
     if changes and weights is not None:
-        raise UserError(f"{', '.join(changes)} change the architecture, so weights {weights!r} cannot fit; set one or the other")
+        raise UserError(
+            f"{', '.join(changes)} change the architecture, so weights {weights!r} cannot fit; set one or the other"
+        )
     trunk = _timm_trunk(name, image_size, drop_path, changes)
     for block in trunk.blocks if not attention_drop_path else ():
         block.drop_path1 = nn.Identity()
@@ -289,7 +295,9 @@ def plain_vit(
     )
 
 
-def _timm_trunk(name: str, image_size: int | Size, drop_path: float, changes: dict[str, int]) -> VisionTransformer | Eva | Beit:
+def _timm_trunk(
+    name: str, image_size: int | Size, drop_path: float, changes: dict[str, int]
+) -> VisionTransformer | Eva | Beit:
     bare = name.partition(".")[0]
     if not timm.is_model(bare):
         near = timm.list_models(f"*{'_'.join(bare.split('_')[:2])}*", module="vision_transformer")[:3]
@@ -297,7 +305,9 @@ def _timm_trunk(name: str, image_size: int | Size, drop_path: float, changes: di
     module = timm.model_entrypoint(bare).__module__
     dynamic = {"dynamic_img_size": True} if module.endswith(".eva") else {}  # rotary tables for any grid
     try:
-        trunk = timm.create_model(name, num_classes=0, img_size=image_size, drop_path_rate=drop_path, **dynamic, **changes)
+        trunk = timm.create_model(
+            name, num_classes=0, img_size=image_size, drop_path_rate=drop_path, **dynamic, **changes
+        )
     except TypeError as error:  # convolutional families do not know img_size
         raise UserError(f"{name} is not a plain ViT of timm ({error}); use a vit_, deit, eva or beit name") from error
     plain = isinstance(trunk, VisionTransformer | Eva | Beit) and isinstance(trunk.patch_embed.proj, nn.Conv2d)

@@ -13,7 +13,7 @@ import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -25,7 +25,10 @@ from segvit.contracts import UserError
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".npz")
 # A classifier, pooling and pretraining parts of published checkpoints that no token map passes through.
-UNUSED = r"^(head|head_dist|fc_norm|norm|attn_pool|mask_token|decoder|decoder_\w+|lm_head|rope|logit_)(\.|$)|relative_position_index"
+UNUSED = (
+    r"^(head|head_dist|fc_norm|norm|attn_pool|mask_token|decoder|decoder_\w+|lm_head|rope|logit_\w+)(\.|$)"
+    r"|relative_position_index"
+)
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -70,7 +73,7 @@ def load_weights(trunk: nn.Module, weights: str) -> None:
     if path.suffix == ".npz":
         if not path.is_file():
             raise UserError(f"{path}: no such weights file")
-        trunk.load_pretrained(str(path))
+        cast(Any, trunk).load_pretrained(str(path))
         return
     local = path.suffix in SUFFIXES or path.exists()
     state = unwrap(read_state(path) if local else _download(weights))
@@ -83,7 +86,8 @@ def load_weights(trunk: nn.Module, weights: str) -> None:
     if missing or unknown or wrong:
         raise UserError(
             f"{weights} does not fit {type(trunk).__name__}: {len(missing)} keys missing {missing[:2]}, "
-            f"{len(unknown)} unknown {unknown[:2]}, {len(wrong)} of another shape {wrong[:2]}; choose the matching backbone"
+            f"{len(unknown)} unknown {unknown[:2]}, {len(wrong)} of another shape {wrong[:2]}; "
+            "choose the matching backbone"
         )
     trunk.load_state_dict(used, strict=False)
 
@@ -102,7 +106,9 @@ def _download(name: str) -> dict[str, Any]:
 
 def _filter(trunk: nn.Module) -> Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]]:
     """timm's own key filter for the trunk's family, without antialias where it can be chosen."""
-    family = next(parent for parent in type(trunk).__mro__ if "checkpoint_filter_fn" in vars(sys.modules[parent.__module__]))
+    family = next(
+        parent for parent in type(trunk).__mro__ if "checkpoint_filter_fn" in vars(sys.modules[parent.__module__])
+    )
     function = vars(sys.modules[family.__module__])["checkpoint_filter_fn"]
     accepts = inspect.signature(function).parameters
 

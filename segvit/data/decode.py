@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from segvit.contracts import Color, Sample, UserError
 
@@ -110,7 +110,9 @@ def _open(source: Source, *, upright: bool) -> Image.Image:
     except BOMB as error:
         raise UserError(f"{_name(source)}: too many pixels ({error}); cut the image into tiles") from None
     except BROKEN as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            reason = "unknown or damaged format"  # Pillow's own text only repeats the name
         raise UserError(
             f"{_name(source)}: cannot be read as an image ({reason}); replace the file or take it out of the set"
         ) from None

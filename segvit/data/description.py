@@ -23,7 +23,7 @@ import yaml
 
 from segvit.contracts import Classes, Color, UserError
 from segvit.data.decode import LabelRule
-from segvit.data.palette import generate_palette
+from segvit.palette import generate_palette
 
 SPLITS = ("train", "val", "test")
 KEYS = ("path", *SPLITS, "classes", "ignore")

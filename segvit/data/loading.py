@@ -98,7 +98,11 @@ def samples(
         Samples(dataset, split), batch_size=None, sampler=order, num_workers=workers, collate_fn=_unchanged,
         worker_init_fn=_use_one_thread, generator=_own_generator(),
     )  # fmt: skip
-    yield from loader
+    try:
+        yield from loader
+    except LoadingError as error:
+        # The traceback holds the loader in a cycle; without it the workers end now and not when memory is next swept.
+        raise error.with_traceback(None) from None
 
 
 def collate(items: list[Item]) -> Batch:

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from segvit.engine.settings import Optim, Schedule
 from segvit.engine.schedule import learning_rate
+from segvit.engine.settings import Optim, Schedule
 
 
 class Rate(NamedTuple):

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from segvit.contracts import Classes
-from segvit.data.files import write_text
 from segvit.engine.charts import Series, curves, grouped, heat_map
+from segvit.files import write_text
 from segvit.inference.prediction import colorize
 
 MAX_HEAT = 30  # classes; a larger heat map has cells too small to read
@@ -245,7 +245,7 @@ def _confusion(matrix: NDArray[np.int64], classes: Classes) -> str:
         for row, column, share in top_confusions(matrix, 10 if few else 20)
     )
     table = (
-        '<h2>Most frequent confusions</h2><p>By share of the true class.</p><div class="card scroll wrongs"><table>'
+        '<h2>Largest confusions</h2><p>By share of the true class.</p><div class="card scroll wrongs"><table>'
         f"<thead><tr><th>confusion</th><th>percent of the class</th><th>pixels</th></tr></thead>"
         f"<tbody>{rows}</tbody></table></div>"
     )
@@ -304,7 +304,7 @@ def _embedded(pixels: NDArray[np.uint8], flat: bool) -> str:
         size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
         picture = picture.resize(size, Image.Resampling.NEAREST if flat else Image.Resampling.BOX)
     file, kind = io.BytesIO(), "png" if flat or max(picture.size) < PIXELATED else "jpeg"
-    picture.save(file, kind, optimize=True) if kind == "png" else picture.save(file, kind, quality=85)
+    picture.save(file, kind, quality=85)  # PNG has no quality and does not mind
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 

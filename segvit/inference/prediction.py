@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from segvit.contracts import Classes, Color, UserError
-from segvit.data.files import open_atomic, write_bytes
+from segvit.files import open_atomic, write_bytes
 
 LEAST = 384  # pixels of the long side below which an overlay is enlarged: less leaves no room for a legend
 PAPER, INK, FAINT = (255, 255, 255), (32, 36, 42), (110, 118, 129)  # of the legend

@@ -22,7 +22,9 @@ def present_classes(masks: Tensor, *, num_classes: int, ignore_index: int) -> Te
     counts = counts.view(len(flat), ignore_index + 1)
     stray = counts[:, num_classes:ignore_index].sum(0).nonzero()
     if len(stray):
-        raise ValueError(f"mask id {int(stray[0]) + num_classes} is neither a class (0..{num_classes - 1}) nor {ignore_index}")
+        raise ValueError(
+            f"mask id {int(stray[0]) + num_classes} is neither a class (0..{num_classes - 1}) nor {ignore_index}"
+        )
     return counts[:, :num_classes] > 0
 
 

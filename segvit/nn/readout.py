@@ -12,25 +12,31 @@ from torch import Tensor
 from segvit.contracts import Dense, Size
 
 
-def bilinear_rows(maps: Tensor, size: Size, rows: range) -> Tensor:
+def bilinear_rows(maps: Tensor, size: Size, rows: range, *, height: int | None = None, first: int = 0) -> Tensor:
     """Rows of the bilinear resize (align_corners=False, no antialias) of (B, C, h, w) to `size`: (B, C, R, W).
 
     The rows equal those of a full resize up to rounding, whatever the band: rows are blended first, on the small map,
-    then columns by the library's kernel.
+    then columns by the library's kernel. `maps` may be a part of the full map: rows `first` on of `height`.
     """
-    height, width = maps.shape[-2:]
+    height = maps.shape[-2] if height is None else height
     if height != size[0]:
-        place = (torch.arange(rows.start, rows.stop, device=maps.device, dtype=torch.float64) + 0.5) * (height / size[0])
-        place = (place - 0.5).clamp_(min=0)
-        above = place.long().clamp_(max=height - 1)
-        below = (above + 1).clamp_(max=height - 1)
-        blend = (place - above).to(maps.dtype)[:, None]  # (R, 1)
-        maps = maps[:, :, above] * (1 - blend) + maps[:, :, below] * blend  # (B, C, R, w)
+        above, blend = source_rows(height, size[0], rows)
+        below = [min(row + 1, height - 1) - first for row in above]
+        weight = torch.tensor(blend, device=maps.device, dtype=maps.dtype)[:, None]  # (R, 1)
+        upper = maps[:, :, [row - first for row in above]]
+        maps = upper * (1 - weight) + maps[:, :, below] * weight  # (B, C, R, w)
     else:
-        maps = maps[:, :, rows.start : rows.stop]
-    if width != size[1]:
+        maps = maps[:, :, rows.start - first : rows.stop - first]
+    if maps.shape[-1] != size[1]:
         maps = F.interpolate(maps, size=(len(rows), size[1]), mode="bilinear", align_corners=False)
     return maps
+
+
+def source_rows(height: int, new_height: int, rows: range) -> tuple[list[int], list[float]]:
+    """For each row of a resize from `height` to `new_height`: the source row above and the weight of the next one."""
+    places = [max((row + 0.5) * height / new_height - 0.5, 0.0) for row in rows]
+    above = [min(int(place), height - 1) for place in places]
+    return above, [place - row for place, row in zip(places, above, strict=True)]
 
 
 def logit_rows(out: Dense, size: Size, rows: range) -> Tensor:

@@ -1,6 +1,7 @@
 """SegViT and Shrunk SegViT: class queries whose attention over plain ViT tokens is the segmentation (ATM).
 
-Paper     B. Zhang et al., "SegViT: Semantic Segmentation with Plain Vision Transformers", NeurIPS 2022, arXiv 2210.05844.
+Paper     B. Zhang et al., "SegViT: Semantic Segmentation with Plain Vision Transformers", NeurIPS 2022,
+          arXiv 2210.05844.
 Idea      One query a class; the attention scores of the last cross attention, before the softmax and averaged over
           heads, are the masks; a linear layer says whether the class is present. Masks add up over backbone stages.
           Shrunk: inside the ViT only every second token stays a query (QD), beside it learned queries at full
@@ -268,11 +269,12 @@ def normalisers(masks: Tensor, *, num_classes: int, ignore_index: int) -> dict[s
 
 def criterion(
     out: Dense, masks: Tensor, totals: dict[str, Tensor], *, ignore_index: int = 255, class_weight: float = 1.0,
-    mask_weight: float = 20.0, dice_weight: float = 1.0, no_object: float = 0.1, alpha: float = 0.25, gamma: float = 2.0,
+    mask_weight: float = 20.0, dice_weight: float = 1.0, no_object: float = 0.1, alpha: float = 0.25,
+    gamma: float = 2.0,
 ) -> dict[str, Tensor]:  # fmt: skip
     """ATMLoss: query k belongs to class k; the same three terms for the last output and, with `_i`, the earlier ones.
 
-    Masks (B, H, W) integer; `totals` are the normalisers of the global batch. Mask terms exist for present classes only.
+    Masks (B, H, W) integer; `totals` are the normalisers of the global batch. Only present classes have mask terms.
     """
     num_classes = out.logits.shape[1]
     dtype = torch.promote_types(out.logits.dtype, torch.float32)  # losses never in half precision

@@ -6,11 +6,10 @@ import numpy as np
 from PIL import Image
 
 
-def save(path: Path, values, mode: str | None = None) -> Path:
+def save(path: Path, values) -> Path:
     """Write an array as an image and return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    image = Image.fromarray(np.asarray(values))
-    (image.convert(mode) if mode else image).save(path)
+    Image.fromarray(np.asarray(values)).save(path)
     return path
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from segvit.contracts import UserError
 from segvit.data.dataset import open_dataset
-from segvit.data.palette import generate_palette
+from segvit.palette import generate_palette
 from tests.data.folders import save, two_folders
 
 IMAGE = np.zeros((4, 6, 3), np.uint8)
@@ -164,7 +164,12 @@ def test_generated_datasets_by_name():
     dataset = open_dataset("synthetic:shapes?train=7&val=2&size=32&seed=3")
     assert (dataset.count("train"), dataset.count("val")) == (7, 2)
     assert dataset.read("val", 0).mask.shape == (32, 32)
-    for source in ("synthetic:cats", "synthetic:shapes?colour=1", "synthetic:shapes?size=big", "synthetic:shapes?size=3"):
+    for source in (
+        "synthetic:cats",
+        "synthetic:shapes?colour=1",
+        "synthetic:shapes?size=big",
+        "synthetic:shapes?size=3",
+    ):
         with pytest.raises(UserError):
             open_dataset(source)
 

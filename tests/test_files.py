@@ -56,14 +56,24 @@ def test_full_disk_leaves_the_previous_file(tmp_path, monkeypatch, code):
     assert names(tmp_path) == ["x.json"]
 
 
-def test_other_errors_pass_and_leave_nothing(tmp_path):
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.EIO, "broken"), RuntimeError("stop")])
+def test_other_errors_pass_and_leave_nothing(tmp_path, error):
     path = tmp_path / "x.txt"
     files.write_text(path, "old")
-    for error in (KeyboardInterrupt, OSError(errno.EIO, "broken"), RuntimeError("stop")):
-        with pytest.raises((KeyboardInterrupt, OSError, RuntimeError)), files.open_atomic(path) as file:
+
+    def interrupted():
+        with files.open_atomic(path) as file:
             file.write(b"half")
             raise error
-    with pytest.raises(ValueError, match="JSON"):
-        files.write_json(path, {"a": float("nan")})
+
+    with pytest.raises(type(error)) as caught:
+        interrupted()
+    assert caught.value is error
     assert path.read_text() == "old"
     assert names(tmp_path) == ["x.txt"]
+
+
+def test_json_refuses_nan(tmp_path):
+    with pytest.raises(ValueError, match="JSON"):
+        files.write_json(tmp_path / "x.json", {"a": float("nan")})
+    assert names(tmp_path) == []

@@ -1,0 +1,172 @@
+"""The run folder: who may write it, what it holds, and what the run says while it goes on.
+
+`metrics.jsonl` has one flushed line a step. The lock is the operating system's, so it dies with the process.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from segvit import __version__
+from segvit.contracts import UserError
+from segvit.files import write_json, write_text
+
+STATE = Path("checkpoints") / "last" / "state.pt"
+BEST_STATE = Path("checkpoints") / "best" / "state.pt"
+# What may differ between a run and its continuation: where and how it is watched, not what is computed.
+MAY_CHANGE = {"resume", "overwrite", "workers", "checkpoint_every", "val_every", "val_images", "steps", "epochs", "out"}
+SECONDS_BETWEEN_LINES = 10.0
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the run folder. Raises UserError when another process is writing it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"{folder} is being written by another process; wait for it or choose another --out"
+            ) from None
+        yield
+
+
+def claim(folder: Path, config: dict[str, Any]) -> None:
+    """Make the folder ours for this configuration.
+
+    Raises UserError when it exists and neither resume nor overwrite is set, and on resuming another configuration.
+    """
+    stored = folder / "config.yaml"
+    if config["resume"] and stored.exists():
+        before = yaml.safe_load(stored.read_text(encoding="utf-8"))
+        differences = list(changes(before, plain(config)))
+        if differences:
+            raise UserError(
+                f"{folder} was started with other settings ({'; '.join(differences[:3])}); resume with the same ones, "
+                "or start a new run in another --out"
+            )
+    elif stored.exists() and not config["overwrite"]:
+        raise UserError(f"{folder} holds a run; pass --resume to go on, --overwrite to replace it, or another --out")
+    elif config["overwrite"]:
+        for name in ("checkpoints", "model", "report"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        for name in ("metrics.jsonl", "train.log"):
+            (folder / name).unlink(missing_ok=True)
+    write_text(stored, yaml.safe_dump(plain(config), sort_keys=False))
+
+
+def changes(before: Any, now: Any, path: str = "") -> Iterator[str]:
+    """What differs between two nested configurations, as `path: before -> now`."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted({*before, *now}):
+            if path or key not in MAY_CHANGE:
+                yield from changes(before.get(key), now.get(key), f"{path}.{key}" if path else key)
+    elif before != now:
+        yield f"{path}: {before} -> {now}"
+
+
+def plain(value: Any) -> Any:
+    """Nested records with lists instead of tuples, as YAML gives them back."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def write_environment(folder: Path) -> None:
+    """env.json: versions, machine and command line."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    write_json(
+        folder / "env.json",
+        {"segvit": __version__, "torch": torch.__version__, "python": platform.python_version(),
+         "machine": platform.platform(), "gpu": gpu, "threads": torch.get_num_threads(), "command": sys.argv},
+    )  # fmt: skip
+
+
+class RunLog:
+    """metrics.jsonl, train.log and the console of one run; only the main process writes."""
+
+    def __init__(self, folder: Path, *, steps: int, start: int, batch_size: int, main: bool) -> None:
+        self.main, self.batch_size, self.steps = main, batch_size, steps
+        self.shown, self.miou = time.monotonic(), float("nan")
+        if not main:
+            return
+        metrics = folder / "metrics.jsonl"
+        if metrics.exists():  # steps after the checkpoint are about to be done again
+            lines = [line for line in metrics.read_text(encoding="utf-8").splitlines() if _step(line) <= start]
+            write_text(metrics, "".join(line + "\n" for line in lines))
+        self.metrics = metrics.open("a", encoding="utf-8")
+        self.text = (folder / "train.log").open("a", encoding="utf-8")
+        columns = (
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+        )
+        console = Console(stderr=True)
+        self.bar = Progress(*columns, console=console, disable=not console.is_terminal)
+        self.bar.start()
+        self.task = self.bar.add_task("", total=steps, completed=start)
+
+    def row(self, row: dict[str, Any]) -> None:
+        """One line of metrics.jsonl, flushed; the console shows it when it is time."""
+        if not self.main:
+            return
+        self.metrics.write(json.dumps(row) + "\n")
+        self.metrics.flush()
+        if "val" in row:
+            self.miou = row["val"]["miou"]
+            return
+        rate = self.batch_size / row["seconds"] if row.get("seconds") else float("nan")
+        shown = f"loss {row['loss']:.4g}  mIoU {self.miou:.4f}  {rate:.1f} images/s"
+        self.bar.update(self.task, completed=row["step"], description=shown)
+        now = time.monotonic()
+        if self.bar.disable and (now - self.shown > SECONDS_BETWEEN_LINES or row["step"] in (1, self.steps)):
+            self.shown = now
+            left = (self.steps - row["step"]) * row.get("seconds", 0)
+            self.message(f"step {row['step']}/{self.steps}  {shown}  {left / 60:.1f} min left")
+
+    def message(self, text: str) -> None:
+        """A line for train.log and the console."""
+        if not self.main:
+            return
+        self.text.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}\n")
+        self.text.flush()
+        self.bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Stop the bar and close the files."""
+        if self.main:
+            self.bar.stop()
+            self.metrics.close()
+            self.text.close()
+
+
+def read_history(folder: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl; a last line cut short by a kill is left out."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if _step(line) < sys.maxsize]
+
+
+def _step(line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return sys.maxsize

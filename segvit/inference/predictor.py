@@ -1,0 +1,151 @@
+"""Image in, label map out: whole or sliding windows, several scales and flips, in bands of rows.
+
+Shapes    K classes, H W the original image, R rows of a band.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from segvit.contracts import Classes, Dense, InputSpec, Readout, Runtime, Size, UserError
+from segvit.data.decode import read_image
+from segvit.data.prepare import prepare
+from segvit.inference.prediction import Prediction
+from segvit.inference.windows import WindowedScores
+
+if TYPE_CHECKING:
+    from segvit.contracts import Model
+
+BAND = 4_000_000  # scores held at once (classes x rows x columns): 16 MB, close to what a core's caches hold
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+class TorchRuntime:
+    """Runs a torch model: device, precision, no gradients."""
+
+    def __init__(
+        self, model: Model, *, device: str | torch.device | None = None, precision: Precision = "fp32"
+    ) -> None:
+        self.device = torch.device(device) if device else next(model.parameters()).device
+        self.model = model.to(self.device).eval()
+        self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        self.spec: InputSpec = model.spec
+        self.classes: Classes = model.classes
+        self.readout: Readout = model.readout
+
+    def __call__(self, images: Tensor) -> Dense:
+        half = self.dtype != torch.float32
+        with torch.inference_mode(), torch.autocast(self.device.type, self.dtype, enabled=half):
+            out: Dense = self.model(images.to(self.device))
+        if not half:
+            return out
+        return Dense(out.logits.float(), {name: value.float() for name, value in out.extras.items()}, out.covers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Views:
+    """The looks at an image whose softmax scores are averaged. One view: raw scores, no softmax.
+
+    Args:
+        scales: Factors on the size rule of the model's input spec.
+        flip: Whether each scale is also seen mirrored.
+    """
+
+    scales: tuple[float, ...] = (1.0,)
+    flip: bool = False
+
+    def __iter__(self) -> Iterator[tuple[float, bool]]:
+        return ((scale, flip) for scale in self.scales for flip in ((False, True) if self.flip else (False,)))
+
+
+class Predictor:
+    """Label maps from images: `Predictor(model)("street.jpg").save("street.png")`.
+
+    Args:
+        model: What `create_model` or `load` returns, or any Runtime.
+        device: Where a torch model runs; None = where it is.
+        precision: fp32, or bf16 / fp16 for the network (scores are always read in fp32).
+        views: Scales and flips to average.
+        windows_at_once: Sliding windows in one forward pass; more is faster on a GPU and takes more memory.
+    """
+
+    def __init__(
+        self, model: Model | Runtime, *, device: str | torch.device | None = None, precision: Precision = "fp32",
+        views: Views = Views(), windows_at_once: int = 1,
+    ) -> None:  # fmt: skip
+        is_torch = isinstance(model, torch.nn.Module)
+        self.run: Runtime = TorchRuntime(model, device=device, precision=precision) if is_torch else model
+        self.views, self.windows_at_once = views, windows_at_once
+
+    def __call__(self, source: str | Path | Image.Image | NDArray[Any] | Tensor, *, scores: bool = False) -> Prediction:
+        """Segment one image: a path, a PIL image, a uint8 (H, W, 3) array or a uint8 (3, H, W) tensor.
+
+        With `scores` the result also holds all class scores (K, H, W) as float16.
+        """
+        image, name = as_image(source)
+        labels, values = self.segment(image, scores=scores)
+        return Prediction(labels=labels, classes=self.run.classes, image=image, scores=values, name=name)
+
+    @torch.inference_mode()
+    def segment(self, image: NDArray[np.uint8], *, scores: bool = False) -> tuple[NDArray[Any], NDArray[Any] | None]:
+        """Labels (H, W), uint8 or uint16 above 255 classes, of a uint8 (H, W, 3) image; on request scores (K, H, W)."""
+        height, width = image.shape[:2]
+        labels = np.empty((height, width), self.run.classes.dtype)
+        kept = np.empty((len(self.run.classes), height, width), np.float16) if scores else None
+        for rows, band in self.bands(image):
+            labels[rows.start : rows.stop] = best_class(band).cpu().numpy()
+            if kept is not None:
+                kept[:, rows.start : rows.stop] = band.cpu().numpy()
+        return labels, kept
+
+    def bands(self, image: NDArray[np.uint8]) -> Iterator[tuple[range, Tensor]]:
+        """Bands of class scores (K, R, W) at the image's own size, from top to bottom."""
+        size: Size = (image.shape[0], image.shape[1])
+        views = []
+        for scale, flip in self.views:
+            prepared = prepare(image, self.run.spec, ratio=scale, flip=flip)
+            views.append((WindowedScores(self.run, prepared, at_once=self.windows_at_once), flip))
+        step = max(1, BAND // (len(self.run.classes) * size[1]))
+        for start in range(0, size[0], step):
+            rows = range(start, min(start + step, size[0]))
+            bands = (view.rows_at(size, rows).flip(-1) if flip else view.rows_at(size, rows) for view, flip in views)
+            yield rows, next(bands) if len(views) == 1 else mean_softmax(bands, len(views))
+
+
+def mean_softmax(bands: Iterator[Tensor], count: int) -> Tensor:
+    """The mean over views of the softmax over classes, views added in order."""
+    total: Tensor | None = None
+    for band in bands:
+        band = band.softmax(0)
+        total = band if total is None else total.add_(band)
+    assert total is not None  # there is at least one view
+    return total.div_(count)
+
+
+def best_class(band: Tensor) -> Tensor:
+    """The class of the highest score, the first one on ties: (K, R, W) -> (R, W) uint8, or int32 above 255 classes."""
+    return band.argmax(0).to(torch.uint8 if len(band) <= 255 else torch.int32)
+
+
+def as_image(source: str | Path | Image.Image | NDArray[Any] | Tensor) -> tuple[NDArray[np.uint8], str]:
+    """A source as uint8 (H, W, 3) and its name. Raises UserError for other types, shapes or value ranges."""
+    if isinstance(source, str | Path):
+        return read_image(Path(source)), str(source)
+    if isinstance(source, Image.Image):
+        return np.asarray(source.convert("RGB")), ""
+    array = (
+        source.permute(1, 2, 0).cpu().numpy() if isinstance(source, Tensor) and source.ndim == 3 else np.asarray(source)
+    )
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+        kind = "tensor (3, H, W)" if isinstance(source, Tensor) else "array (H, W, 3)"
+        raise UserError(f"an image {kind} must be uint8 with three channels, got {array.dtype} of shape {array.shape}")
+    return np.ascontiguousarray(array), ""

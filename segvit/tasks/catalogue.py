@@ -1,0 +1,96 @@
+"""What can be said of models without running them: the list, sizes and costs, licences, and official checkpoints."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from segvit.backbones.weights import read_state, unwrap
+from segvit.bench.flops import count_gflops, count_parameters
+from segvit.contracts import Classes, UserError
+from segvit.data.description import read_class_file
+from segvit.zoo import MODELS, create_model, find_system, load_state, numbered_classes, save_model
+
+# (licence, how it is had) of the pretrained weights that our recipes name.
+LICENCES = {
+    "vit_base_patch16_384.augreg_in21k_ft_in1k": ("Apache-2.0", "open"),
+    "vit_large_patch16_384.augreg_in21k_ft_in1k": ("Apache-2.0", "open"),
+    "vit_small_patch14_reg4_dinov2.lvd142m": ("Apache-2.0", "open"),
+    "vit_base_patch14_reg4_dinov2.lvd142m": ("Apache-2.0", "open"),
+}
+
+
+def list_models() -> list[dict[str, str]]:
+    """Every model with its default backbone and task."""
+    defaults = {name: inspect.signature(system.build).parameters["backbone"].default for name, system in MODELS.items()}
+    return [{"name": name, "backbone": str(defaults[name]), "task": MODELS[name].task} for name in MODELS]
+
+
+def model_info(
+    name: str | None, config: str | None, *, num_classes: int | None = None, image_size: int | None = None
+) -> dict[str, Any]:
+    """Parameters and GFLOPs of a model or a recipe, counted on the meta device."""
+    if (name is None) == (config is None):
+        raise UserError("give a model name or --config RECIPE, exactly one")
+    recipe = _recipe(config) if config else {"model": name}
+    model_name, options = recipe.get("model", "segvit_vit_small"), dict(recipe.get("options") or {})
+    crop = (recipe.get("augment") or {}).get("crop")
+    if image_size is not None:
+        options["image_size"] = image_size
+    with torch.device("meta"):
+        classes = num_classes or recipe.get("num_classes") or 150
+        model = create_model(model_name, num_classes=classes, **options)
+    size = (image_size, image_size) if image_size else tuple(crop or _default_size(model_name, options))
+    return {
+        "model": model_name, "num_classes": classes, "input_size": list(size),
+        "parameters": count_parameters(model), "gflops": round(count_gflops(model, (size[0], size[1])), 3),
+    }  # fmt: skip
+
+
+def _default_size(name: str, options: dict[str, Any]) -> tuple[int, int]:
+    size = options.get("image_size", inspect.signature(find_system(name).build).parameters["image_size"].default)
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def _recipe(path: str) -> dict[str, Any]:
+    try:
+        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read as a recipe ({error})") from error
+    if not isinstance(recipe, dict):
+        raise UserError(f"{path} is not a recipe; it should hold names and values, see recipes/")
+    return recipe
+
+
+def convert_checkpoint(
+    checkpoint: str, name: str, out: str, *, num_classes: int | None, classes: str | None, image_size: int | None
+) -> None:
+    """Write a model folder from an official checkpoint. Raises UserError when it does not fit the model."""
+    table = _classes(num_classes, classes)
+    state = find_system(name).convert(unwrap(read_state(Path(checkpoint).expanduser())))
+    with torch.device("meta"):
+        default = create_model(name, classes=table)
+    positions = state.get("backbone.pos_embed")
+    if image_size is None and positions is not None:
+        patch: int = default.get_submodule("backbone").patch[0]  # type: ignore[union-attr,index,assignment]
+        image_size = math.isqrt(positions.shape[1] - 1) * patch
+    options = {} if image_size is None else {"image_size": image_size}
+    model = create_model(name, classes=table, **options)
+    load_state(model, state, source=checkpoint)
+    save_model(model, out)
+
+
+def _classes(count: int | None, path: str | None) -> Classes:
+    if path is not None:
+        table = read_class_file(Path(path))
+        if count not in (None, len(table)):
+            raise UserError(f"{path} names {len(table)} classes but num_classes is {count}; leave one out")
+        return table
+    if count is None:
+        raise UserError("give --classes FILE (one name a line) or --num_classes")
+    return numbered_classes(count)

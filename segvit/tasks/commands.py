@@ -1,0 +1,154 @@
+"""Evaluation, prediction and the doctor, as the command line offers them."""
+
+from __future__ import annotations
+
+import glob
+import os
+import platform
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from segvit.contracts import UserError
+from segvit.data.dataset import IMAGE_SUFFIXES, open_dataset
+from segvit.engine.evaluate import evaluate
+from segvit.files import write_json
+from segvit.inference.predictor import Precision, Predictor, Views
+from segvit.metrics.confusion import COLUMNS
+from segvit.tasks.finish import protocol
+from segvit.zoo import load_model
+
+PACKAGES = ("segvit", "torch", "torchvision", "timm", "accelerate", "safetensors", "huggingface_hub", "numpy", "pillow")
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What `segvit val` prints: for machines and for people."""
+
+    report: dict[str, Any]
+    text: str
+
+
+def predictor(model: str, *, scales: tuple[float, ...], flip: bool, precision: Precision, device: str | None) -> Predictor:
+    """A predictor from a run or model folder. Raises UserError for scales that are not positive."""
+    if not scales or min(scales) <= 0:
+        raise UserError(f"scales must be positive numbers, got {list(scales)}")
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if where.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("device is cuda but torch sees no GPU; use --device cpu, or see segvit doctor")
+    views = Views(scales=tuple(scales), flip=flip)
+    return Predictor(load_model(model, device=where), precision=precision, views=views)
+
+
+def evaluate_run(
+    run: str, data: str | None, split: str, *, scales: tuple[float, ...], flip: bool, precision: Precision,
+    device: str | None, workers: int,
+) -> Evaluated:  # fmt: skip
+    """Evaluate a run on a dataset, by default its own."""
+    source = data or _trained_on(run)
+    segment = predictor(run, scales=scales, flip=flip, precision=precision, device=device)
+    dataset = open_dataset(source)
+    metrics = evaluate(segment, dataset, split, workers=workers).confusion.metrics()
+    words = protocol(segment.run.spec)
+    if len(segment.views.scales) > 1 or flip:
+        words = words.replace("single scale", f"scales {list(scales)}{' and flip' if flip else ''}")
+    report = metrics.to_json(dataset.classes) | {"data": source, "split": split, "protocol": words}
+    rows = [list(COLUMNS), *metrics.table(dataset.classes)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
+    lines = ["  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))) for row in rows]
+    summary = f"mIoU {metrics.miou:.4f}  mAcc {metrics.macc:.4f}  aAcc {metrics.aacc:.4f}  over {metrics.counted} classes"
+    return Evaluated(report, "\n".join([*lines, "", summary, f"{split} of {source}: {words}"]))
+
+
+def _trained_on(run: str) -> str:
+    config = Path(run) / "config.yaml"
+    if not config.is_file():
+        raise UserError(f"{run} does not say what it was trained on; give --data")
+    return str(yaml.safe_load(config.read_text(encoding="utf-8"))["data"])
+
+
+def predict_files(
+    source: str, model: str, out: str | None, extra: dict[str, bool], *, scales: tuple[float, ...], flip: bool,
+    precision: Precision, device: str | None,
+) -> list[dict[str, str]]:  # fmt: skip
+    """Segment files one by one and write the results; returns the paths written for each."""
+    images = find_images(source)
+    folder = Path(out) if out else default_folder(model)
+    targets = {image: folder / name.with_suffix(".png") for image, name in images.items()}
+    clash = [image for image, target in targets.items() if target.resolve() in {path.resolve() for path in images}]
+    if clash:
+        raise UserError(f"{targets[clash[0]]} would replace an input image; choose another --out")
+    if len(set(targets.values())) < len(targets):  # a.jpg and a.png
+        targets = {image: folder / name.parent / f"{name.name}.png" for image, name in images.items()}
+    segment = predictor(model, scales=scales, flip=flip, precision=precision, device=device)
+    written = []
+    for image, target in targets.items():
+        result = segment(image, scores=extra["scores"])
+        paths = {"image": str(image), "labels": str(target)}
+        result.save(target)
+        if extra["overlay"]:
+            paths["overlay"] = str(target.with_name(f"{target.stem}_overlay.png"))
+            save_overlay(result, Path(paths["overlay"]))
+        if extra["scores"]:
+            paths["scores"] = str(target.with_name(f"{target.stem}_scores.npz"))
+            result.save_scores(paths["scores"])
+        if extra["areas"]:
+            paths["areas"] = str(target.with_suffix(".json"))
+            write_json(paths["areas"], result.areas())
+        written.append(paths)
+    return written
+
+
+def save_overlay(result: Any, path: Path) -> None:
+    """Write a prediction's overlay as PNG, atomically."""
+    from segvit.files import open_atomic
+
+    with open_atomic(path) as file:
+        result.overlay().save(file, "PNG")
+
+
+def find_images(source: str) -> dict[Path, Path]:
+    """Images of a file, folder (recursively) or glob pattern, each with its name below the source.
+
+    Raises UserError when there are none.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+        named = {file: file.relative_to(path) for file in found}
+    elif path.is_file():
+        named = {path: Path(path.name)}
+    else:
+        found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
+        named = {file: Path(file.name) for file in found}
+    if not named:
+        kinds = ", ".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
+        raise UserError(f"{source}: no such image, and no images in it or matching it ({kinds})")
+    return named
+
+
+def default_folder(model: str) -> Path:
+    """predictions/ in the run folder, or here when the model is no run."""
+    run = Path(model)
+    return run / "predictions" if (run / "config.yaml").is_file() else Path("predictions")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and devices."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        **versions, "python": platform.python_version(), "platform": platform.platform(),
+        "cpus": os.cpu_count(), "torch threads": torch.get_num_threads(), "gpus": ", ".join(gpus) or "none",
+        "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+        "hub offline": os.environ.get("HF_HUB_OFFLINE", "0"), "telemetry": "none, ever",
+    }  # fmt: skip

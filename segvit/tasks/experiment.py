@@ -1,0 +1,114 @@
+"""A training run as data: what a recipe holds. Free of torch, so that the command line can read it at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from segvit.contracts import UserError
+from segvit.data.transforms import Augment
+from segvit.engine.settings import Optim, Schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Input:
+    """How images become the network's input in evaluation and prediction; saved with the model.
+
+    Args:
+        mean: Mean of values in 0..1 by channel; None = the backbone's.
+        std: Standard deviation likewise.
+        scale: Resize to this short side, long side at most the other number, the ratio kept.
+        min_side: With scale: the short side is at least this and the long limit is dropped.
+        exact: Resize to this (height, width) whatever the ratio.
+        window: Sliding windows of this (height, width); None = the whole image at once.
+        stride: Steps of the windows.
+    """
+
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    scale: tuple[int, int] | None = None
+    min_side: int | None = None
+    exact: tuple[int, int] | None = None
+    window: tuple[int, int] | None = None
+    stride: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """One training run.
+
+    Args:
+        data: Dataset YAML, folder with images/ and masks/, or synthetic:shapes.
+        out: Run folder to write.
+        model: Name of the model, see `segvit models list`.
+        options: Keywords of the model's builder.
+        num_classes: How many classes the data must have; None = as many as it has.
+        weights: Pretrained backbone weights: a hub name, a local file, or none.
+        init: Start from another run's model; its head is matched by class name.
+        steps: Length in optimiser steps; give this or epochs.
+        epochs: Length in passes over the training images; give this or steps.
+        batch_size: Images in a step, over all processes and micro-batches.
+        accumulate: Micro-batches in a step.
+        augment: Training augmentation.
+        input: Input of evaluation and prediction.
+        optim: Optimiser.
+        schedule: Learning rate over the run.
+        loss: Options of the system's criterion.
+        precision: Of the network in training; auto = bf16 where the device has it, else fp32.
+        ema: Decay of an exponential moving average of the weights, which is then validated and saved; None = off.
+        seed: Of initialisation, dropout, order and augmentation.
+        device: auto, cpu or cuda.
+        workers: Processes that load data; 0 = in the main process.
+        val_every: Steps between validations; 0 = only at the end.
+        val_images: Validate on this many images during training, evenly spread; None = all. The end uses all.
+        checkpoint_every: Steps between checkpoints that the run can be resumed from.
+        resume: Go on with the run in out from its last checkpoint.
+        overwrite: Replace the run in out.
+    """
+
+    data: str
+    out: str
+    model: str = "segvit_vit_small"
+    options: dict[str, Any] = field(default_factory=dict)
+    num_classes: int | None = None
+    weights: str | None = None
+    init: str | None = None
+    steps: int | None = None
+    epochs: float | None = None
+    batch_size: int = 16
+    accumulate: int = 1
+    augment: Augment = Augment()
+    input: Input = Input()
+    optim: Optim = Optim()
+    schedule: Schedule = Schedule()
+    loss: dict[str, float] = field(default_factory=dict)
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    ema: float | None = None
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    workers: int = 2
+    val_every: int = 1000
+    val_images: int | None = None
+    checkpoint_every: int = 1000
+    resume: bool = False
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.epochs is None):
+            raise UserError(f"give steps or epochs, exactly one; got steps={self.steps}, epochs={self.epochs}")
+        for name in ("steps", "epochs", "batch_size", "accumulate", "checkpoint_every"):
+            value = {"steps": self.steps, "epochs": self.epochs, "batch_size": self.batch_size,
+                     "accumulate": self.accumulate, "checkpoint_every": self.checkpoint_every}[name]  # fmt: skip
+            if value is not None and value <= 0:
+                raise UserError(f"{name} must be positive, got {value}")
+        if self.batch_size % self.accumulate:
+            raise UserError(f"batch_size {self.batch_size} must be a multiple of accumulate {self.accumulate}")
+        if self.resume and self.overwrite:
+            raise UserError("resume and overwrite exclude each other; choose one")
+
+    def total_steps(self, images: int) -> int:
+        """The number of optimiser steps for a training set of that many images."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None  # __post_init__ saw to it
+        return max(1, round(self.epochs * images / self.batch_size))
