@@ -18,10 +18,9 @@ from segvit.backbones.vit import PlainViT
 from segvit.contracts import Dense
 from segvit.engine.optim import clip_gradients, make_optimizer, parameter_rates, set_rates
 from segvit.engine.schedule import learning_rate
-from segvit.engine.settings import Optim, Schedule
 from segvit.systems import segmenter, segvit
 from tests.golden.run import Case
-from tests.golden_mmseg import MMSEG
+from tests.golden_mmseg import MMSEG, optim_settings, schedule_settings
 
 
 def load(module: nn.Module, state: dict[str, Tensor], prefix: str = "") -> nn.Module:
@@ -138,8 +137,8 @@ def _train(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
     model = segvit_model(config["model"], case.weights, fixed=True).to(dtype)
     names = {new: old for old, new in _renamed(case.weights).items()}  # ours -> official
     official = [(names[name], parameter) for name, parameter in model.named_parameters()]
-    schedule = mmseg_schedule(config["lr_config"])
-    optim = mmseg_optim(config["optimizer"])
+    schedule = schedule_settings(config["lr_config"])
+    optim = optim_settings(config["optimizer"])
     parameters = parameter_rates(official, optim)
     optimizer = make_optimizer(parameters, optim)
     loss_config = config["model"]["decode_head"]["loss_decode"]
@@ -179,23 +178,6 @@ def _renamed(weights: dict[str, Tensor]) -> dict[str, str]:
     keys = list(weights)
     converted = segvit.convert({key: torch.tensor(i) for i, key in enumerate(keys)})
     return {keys[int(number)]: new for new, number in converted.items()}
-
-
-def mmseg_schedule(config: dict[str, Any]) -> Schedule:
-    return Schedule(
-        kind="poly", power=config["power"], min_lr=config["min_lr"], warmup=config["warmup_iters"],
-        warmup_ratio=config["warmup_ratio"],
-    )  # fmt: skip
-
-
-def mmseg_optim(config: dict[str, Any]) -> Optim:
-    """Our optimiser settings from mmcv's `custom_keys`."""
-    keys = config["paramwise_cfg"]["custom_keys"]
-    return Optim(
-        lr=config["lr"], betas=tuple(config["betas"]), weight_decay=config["weight_decay"],
-        lr_mult={k: v["lr_mult"] for k, v in keys.items() if "lr_mult" in v},
-        decay_mult={k: v["decay_mult"] for k, v in keys.items() if "decay_mult" in v},
-    )  # fmt: skip
 
 
 def mask_transformer(case: Case) -> dict[str, Tensor]:
