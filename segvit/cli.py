@@ -1,4 +1,4 @@
-"""The command line: functions whose signatures and docstrings are the options; nothing heavy is imported before they run.
+"""The command line: functions whose signatures and docstrings are the options; heavy imports wait until they run.
 
 Results go to stdout (`--json` for machines), progress to stderr. What a user can mend is one line and exit code 2;
 `--debug` shows the traceback.
@@ -51,9 +51,11 @@ def val(
         workers: Processes that decode images.
         json: Print JSON instead of a table.
     """
+    from segvit.inference.predictor import Views
     from segvit.tasks.commands import evaluate_run
 
-    result = evaluate_run(run, data, split, scales=scales, flip=flip, precision=precision, device=device, workers=workers)
+    views = Views(scales=tuple(scales), flip=flip)
+    result = evaluate_run(run, data, split, views=views, precision=precision, device=device, workers=workers)
     _print(result.report, json, result.text)
 
 
@@ -77,10 +79,12 @@ def predict(
         device: cpu or cuda; None = cuda where there is one.
         json: Print what was written as JSON.
     """
+    from segvit.inference.predictor import Views
     from segvit.tasks.commands import predict_files
 
     extra = {"overlay": overlay, "scores": scores, "areas": areas}
-    written = predict_files(source, model, out, extra, scales=scales, flip=flip, precision=precision, device=device)
+    views = Views(scales=tuple(scales), flip=flip)
+    written = predict_files(source, model, out, extra, views=views, precision=precision, device=device)
     _print(written, json, "\n".join(item["labels"] for item in written))
 
 
@@ -206,8 +210,8 @@ def _run(arguments: list[str]) -> None:
         if group and (len(arguments) < 2 or arguments[1] in ("-h", "--help")):
             print(_overview(group))
             return
-        near = group or difflib.get_close_matches(name, COMMANDS, n=3) or list(COMMANDS)
-        raise UserError(f"unknown command {name!r}; did you mean {', '.join(near)}?")
+        near = group or difflib.get_close_matches(arguments[0], {command.split()[0] for command in COMMANDS}, n=3)
+        raise UserError(f"unknown command {name!r}; did you mean {', '.join(near or COMMANDS)}?")
     function = COMMANDS[name]
     parser = _parser(name, function)
     options = _parse(parser, _with_values(arguments[words:], function))
@@ -272,6 +276,8 @@ def _with_values(arguments: list[str], function: Callable[..., None]) -> list[st
     """Bare flags (`--resume`) as `--resume=true`, and dashes inside option names as underscores."""
     flags = {name for name, hint in get_type_hints(_source(function)).items() if hint is bool}
     result = []
+    if function is models_info and arguments and not arguments[0].startswith("-"):
+        arguments = ["--name", *arguments]  # the one positional that may be left out
     for place, argument in enumerate(arguments):
         option, equals, value = argument.partition("=")
         if option.startswith("--"):

@@ -1,4 +1,4 @@
-"""The contracts: what the parts of the library hand to each other. All may import this file; it imports nothing of ours.
+"""The contracts: what the parts of the library hand to each other. All may import this; it imports nothing of ours.
 
 Shapes    B images, K classes, H W pixels of the network's input, h w token or map grid, C channels.
 """

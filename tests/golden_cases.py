@@ -49,7 +49,8 @@ def segvit_model(config: dict[str, Any], weights: dict[str, Tensor], *, fixed: b
     backbone, head = config["backbone"], config["decode_head"]
     canvas = (head["img_size"], head["img_size"]) if isinstance(head["img_size"], int) else tuple(head["img_size"])
     vit = mmseg_vit(backbone)
-    common = dict(num_classes=head["num_classes"], heads=head["num_heads"], layers=head["num_layers"], dropout=0.0)
+    common: dict[str, Any] = {"num_classes": head["num_classes"], "heads": head["num_heads"], "dropout": 0.0}
+    common["layers"] = head["num_layers"]
     dim = head["embed_dims"]
     model: nn.Module
     if head["type"] == "TPNATMHead":

@@ -1,4 +1,4 @@
-"""Builders for the protocol of mmsegmentation 0.24: data pipeline, schedule, groups, sliding windows, metric, end to end."""
+"""Builders for the protocol of mmsegmentation 0.24: pipeline, schedule, groups, sliding windows, metric, end to end."""
 
 from __future__ import annotations
 

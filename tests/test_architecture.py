@@ -33,11 +33,13 @@ MAY_IMPORT = {
     "adapters": {"nn", "backbones", "text"},
     "systems": PARTS,
     "zoo": {"systems", "backbones", "adapters"},
-    "inference": {"data"},
+    "inference": {"nn", "data"},
     "engine": {"data", "metrics", "inference"},
     **dict.fromkeys(TOP, MIDDLE),
     **{door: MIDDLE | TOP | {"cli", "__init__"} for door in ("cli", "__init__", "__main__")},
     "contracts": set(),
+    "files": set(),
+    "palette": set(),
 }
 MAY_ALSO_IMPORT = {"backbones/clip.py": {"text"}}
 STRANGERS = {"systems"}  # folders whose files never import each other
@@ -60,7 +62,9 @@ EAGER_OPTIONAL = {"export", "serve", "bench"}  # folders that nothing else impor
 WITHOUT_TORCH = {"__init__.py", "__main__.py", "cli.py", "contracts.py"}
 
 FILE_LINES, FUNCTION_LINES, CLASS_LINES, PARAMETERS, NESTING = 400, 60, 200, 8, 4
-LONG_FILES: dict[str, str] = {}  # path in the package -> why it may have up to LONG_FILE_LINES
+LONG_FILES = {  # path in the package -> why it may have up to LONG_FILE_LINES
+    "systems/segvit.py": "the paper's two networks, its loss and both official layouts belong in one file",
+}
 LONG_FILE_LINES = 500
 DUPLICATE_SHARE, DUPLICATE_MIN_LINES = 0.01, 6
 CLOSURE_FILES, CLOSURE_LINES = 14, 2200
@@ -184,7 +188,7 @@ def import_table(source: Source) -> Iterator[Finding]:
     if allowed is None:
         yield 1, f"{source.folder} is not in the import table of tests/test_architecture.py"
         return
-    allowed = allowed | MAY_ALSO_IMPORT.get(source.path, set()) | {"contracts"}
+    allowed = allowed | MAY_ALSO_IMPORT.get(source.path, set()) | {"contracts", "files", "palette"}
     for item, path in first_party(source):
         folder = path.split("/")[0].removesuffix(".py")
         if folder == source.folder:

@@ -199,7 +199,7 @@ def _fewer_queries(block: Block, tokens: Tensor, rows: Tensor) -> Tensor:
     mixed = F.scaled_dot_product_attention(attention.q_norm(query), attention.k_norm(key), value, dropout_p=drop)
     update = attention.proj_drop(attention.proj(attention.norm(join_heads(mixed))))
     tokens = tokens[:, rows] + block.drop_path1(block.ls1(update))
-    return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))  # type: ignore[no-any-return]
+    return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
 
 
 def _beit_block(block: BeitBlock, tokens: Tensor, bias: Tensor | None) -> Tensor:
@@ -214,7 +214,7 @@ def _beit_block(block: BeitBlock, tokens: Tensor, bias: Tensor | None) -> Tensor
     update = attention.proj_drop(attention.proj(join_heads(mixed)))
     scale = (1.0, 1.0) if block.gamma_1 is None else (block.gamma_1, block.gamma_2)
     tokens = tokens + block.drop_path1(scale[0] * update)
-    return tokens + block.drop_path2(scale[1] * block.mlp(block.norm2(tokens)))  # type: ignore[no-any-return]
+    return tokens + block.drop_path2(scale[1] * block.mlp(block.norm2(tokens)))
 
 
 def _relative_bias(table: Tensor, window: Size, step: Step) -> Tensor:

@@ -17,7 +17,7 @@ from urllib.parse import parse_qsl
 
 from segvit.contracts import Classes, Sample, UserError
 from segvit.data.decode import LabelRule, read
-from segvit.data.description import SPLITS, Description, label_rule, read_classes, read_description
+from segvit.data.description import SPLITS, Description, label_rule, read_class_file, read_description
 from segvit.data.synthetic import ShapesDataset
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
@@ -168,18 +168,7 @@ def _two_folders(root: Path) -> Description:
             f"{root}: neither a dataset.yaml nor folders images/train, images/val, masks/train, masks/val; make one"
         )
     names = root / "classes.txt"
-    if not names.is_file():
-        raise UserError(
-            f"{names} is missing; write one class name a line there: the first line names the pixels of value 0"
-        )
-    entries: list[dict[str, object]] = []
-    for line in names.read_text(encoding="utf-8").rstrip().splitlines():
-        name, has_color, color = line.partition("\t")
-        parts = [int(part) if part.isdecimal() else part for part in color.split()]
-        entries.append({"name": name, "color": parts} if has_color else {"name": name})
-    if not entries:
-        raise UserError(f"{names} is empty; write one class name a line: the first names the pixels of value 0")
-    classes, values = read_classes(entries, str(names))
+    classes, values = read_class_file(names)
     rule = label_rule(values, [], classes.ignore_index, str(names))
     return Description(root, {split: (f"images/{split}", f"masks/{split}") for split in present}, classes, rule)
 

@@ -87,6 +87,25 @@ def read_classes(data: Any, where: str) -> tuple[Classes, list[list[Raw]]]:
     return Classes(tuple(names), tuple(palette)), values
 
 
+def read_class_file(path: Path) -> tuple[Classes, list[list[Raw]]]:
+    """Classes from a text file, one name a line in id order, optionally a tab and `R G B`; each value is its id.
+
+    Raises UserError when the file is missing or empty.
+    """
+    if not path.is_file():
+        raise UserError(
+            f"{path} is missing; write one class name a line there: the first line names the pixels of value 0"
+        )
+    entries: list[dict[str, object]] = []
+    for line in path.read_text(encoding="utf-8").rstrip().splitlines():
+        name, has_color, color = line.partition("\t")
+        parts = [int(part) if part.isdecimal() else part for part in color.split()]
+        entries.append({"name": name, "color": parts} if has_color else {"name": name})
+    if not entries:
+        raise UserError(f"{path} is empty; write one class name a line: the first names the pixels of value 0")
+    return read_classes(entries, str(path))
+
+
 def label_rule(values: Sequence[Sequence[Raw]], ignored: Sequence[Raw], ignore: int, where: str) -> LabelRule:
     """The rule that maps the raw values of class i to i and the ignored ones to the ignore id."""
     table: dict[Raw, int] = dict.fromkeys(ignored, ignore)

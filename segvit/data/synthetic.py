@@ -74,16 +74,23 @@ class ShapesDataset:
         return f"{split}_{i:05d}"
 
     def read(self, split: str, i: int) -> Sample:
-        """Sample i, drawn anew each time."""
+        """Sample i."""
         if not 0 <= i < self.count(split):
             raise IndexError(f"{split} has samples 0..{self.count(split) - 1}, not {i}")
-        rng = np.random.default_rng([self.seed, i, 1 + self.splits.index(split)])
-        image = np.empty((self.size, self.size, 3), np.float32)
-        mask = np.empty((self.size, self.size), np.uint8)
-        _draw_grounds(image, mask, rng)
-        for kind in rng.permutation((BALL, BOX, TENT, FLAG, DICE))[: rng.integers(1, 5)]:
-            _draw_shape(image, mask, int(kind), rng)
-        return Sample(_lit(image, rng), mask, self.name(split, i))
+        image, mask = _drawn(self.size, (self.seed, i, 1 + self.splits.index(split)))
+        return Sample(image.copy(), mask.copy(), self.name(split, i))
+
+
+@lru_cache(maxsize=2048)  # training asks for the same images again and again; 75 MB at 96 pixels
+def _drawn(size: int, seed: tuple[int, int, int]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Image and mask of one seed."""
+    rng = np.random.default_rng(seed)
+    image = np.empty((size, size, 3), np.float32)
+    mask = np.empty((size, size), np.uint8)
+    _draw_grounds(image, mask, rng)
+    for kind in rng.permutation((BALL, BOX, TENT, FLAG, DICE))[: rng.integers(1, 5)]:
+        _draw_shape(image, mask, int(kind), rng)
+    return _lit(image, rng), mask
 
 
 @lru_cache(maxsize=4)

@@ -63,6 +63,10 @@ class Views:
     scales: tuple[float, ...] = (1.0,)
     flip: bool = False
 
+    def __post_init__(self) -> None:
+        if not self.scales or min(self.scales) <= 0:
+            raise UserError(f"scales must be positive numbers, got {list(self.scales)}")
+
     def __iter__(self) -> Iterator[tuple[float, bool]]:
         return ((scale, flip) for scale in self.scales for flip in ((False, True) if self.flip else (False,)))
 
@@ -82,8 +86,9 @@ class Predictor:
         self, model: Model | Runtime, *, device: str | torch.device | None = None, precision: Precision = "fp32",
         views: Views = Views(), windows_at_once: int = 1,
     ) -> None:  # fmt: skip
-        is_torch = isinstance(model, torch.nn.Module)
-        self.run: Runtime = TorchRuntime(model, device=device, precision=precision) if is_torch else model
+        if isinstance(model, torch.nn.Module):
+            model = TorchRuntime(model, device=device, precision=precision)
+        self.run: Runtime = model
         self.views, self.windows_at_once = views, windows_at_once
 
     def __call__(self, source: str | Path | Image.Image | NDArray[Any] | Tensor, *, scores: bool = False) -> Prediction:

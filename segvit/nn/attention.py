@@ -39,7 +39,7 @@ class Attention(nn.Module):
             k, v = F.linear(memory, weight[dim:], bias[dim:]).chunk(2, dim=-1)  # (B, N, D) x 2
         q, k, v = (split_heads(t, self.heads) for t in (q, k, v))
         dropout = self.dropout if self.training else 0.0
-        return self.proj(join_heads(F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)))  # type: ignore[no-any-return]
+        return self.proj(join_heads(F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)))
 
 
 def init_packed(attention: Attention) -> None:

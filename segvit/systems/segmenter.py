@@ -63,7 +63,7 @@ class MaskTransformer(nn.Module):
         patches, classes = x[:, : -self.num_classes], x[:, -self.num_classes :]
         patches = F.normalize(patches @ self.proj_patch, dim=-1)
         classes = F.normalize(classes @ self.proj_classes, dim=-1)
-        return self.mask_norm(patches @ classes.mT).mT  # type: ignore[no-any-return]
+        return self.mask_norm(patches @ classes.mT).mT
 
 
 class LinearDecoder(nn.Module):
@@ -76,7 +76,7 @@ class LinearDecoder(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.head(tokens).mT  # type: ignore[no-any-return]
+        return self.head(tokens).mT
 
 
 class Segmenter(nn.Module):

@@ -11,9 +11,9 @@ import torch
 import yaml
 
 from segvit.backbones.weights import read_state, unwrap
-from segvit.bench.flops import count_gflops, count_parameters
 from segvit.contracts import Classes, UserError
 from segvit.data.description import read_class_file
+from segvit.nn.flops import count_gflops, count_parameters
 from segvit.zoo import MODELS, create_model, find_system, load_state, numbered_classes, save_model
 
 # (licence, how it is had) of the pretrained weights that our recipes name.
@@ -37,13 +37,14 @@ def model_info(
     """Parameters and GFLOPs of a model or a recipe, counted on the meta device."""
     if (name is None) == (config is None):
         raise UserError("give a model name or --config RECIPE, exactly one")
-    recipe = _recipe(config) if config else {"model": name}
-    model_name, options = recipe.get("model", "segvit_vit_small"), dict(recipe.get("options") or {})
+    recipe: dict[str, Any] = _recipe(config) if config else {"model": name}
+    model_name: str = recipe.get("model", "segvit_vit_small")
+    options: dict[str, Any] = dict(recipe.get("options") or {})
     crop = (recipe.get("augment") or {}).get("crop")
     if image_size is not None:
         options["image_size"] = image_size
     with torch.device("meta"):
-        classes = num_classes or recipe.get("num_classes") or 150
+        classes: int = num_classes or recipe.get("num_classes") or 150
         model = create_model(model_name, num_classes=classes, **options)
     size = (image_size, image_size) if image_size else tuple(crop or _default_size(model_name, options))
     return {
@@ -73,13 +74,12 @@ def convert_checkpoint(
     """Write a model folder from an official checkpoint. Raises UserError when it does not fit the model."""
     table = _classes(num_classes, classes)
     state = find_system(name).convert(unwrap(read_state(Path(checkpoint).expanduser())))
-    with torch.device("meta"):
-        default = create_model(name, classes=table)
     positions = state.get("backbone.pos_embed")
-    if image_size is None and positions is not None:
-        patch: int = default.get_submodule("backbone").patch[0]  # type: ignore[union-attr,index,assignment]
-        image_size = math.isqrt(positions.shape[1] - 1) * patch
-    options = {} if image_size is None else {"image_size": image_size}
+    options: dict[str, Any] = {}
+    if image_size is not None:
+        options["image_size"] = image_size
+    elif positions is not None:  # the class token's, then one for each patch of a square crop
+        options["image_size"] = math.isqrt(positions.shape[1] - 1) * state["backbone.patch_embed.proj.weight"].shape[-1]
     model = create_model(name, classes=table, **options)
     load_state(model, state, source=checkpoint)
     save_model(model, out)
@@ -87,7 +87,7 @@ def convert_checkpoint(
 
 def _classes(count: int | None, path: str | None) -> Classes:
     if path is not None:
-        table = read_class_file(Path(path))
+        table, _ = read_class_file(Path(path))
         if count not in (None, len(table)):
             raise UserError(f"{path} names {len(table)} classes but num_classes is {count}; leave one out")
         return table

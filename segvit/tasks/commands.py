@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -16,7 +17,8 @@ import yaml
 from segvit.contracts import UserError
 from segvit.data.dataset import IMAGE_SUFFIXES, open_dataset
 from segvit.engine.evaluate import evaluate
-from segvit.files import write_json
+from segvit.files import open_atomic, write_json
+from segvit.inference.prediction import Prediction
 from segvit.inference.predictor import Precision, Predictor, Views
 from segvit.metrics.confusion import COLUMNS
 from segvit.tasks.finish import protocol
@@ -33,35 +35,41 @@ class Evaluated:
     text: str
 
 
-def predictor(model: str, *, scales: tuple[float, ...], flip: bool, precision: Precision, device: str | None) -> Predictor:
-    """A predictor from a run or model folder. Raises UserError for scales that are not positive."""
-    if not scales or min(scales) <= 0:
-        raise UserError(f"scales must be positive numbers, got {list(scales)}")
+def predictor(model: str, *, views: Views, precision: Precision, device: str | None) -> Predictor:
+    """A predictor from a run or model folder, on the GPU where there is one."""
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if where.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("device is cuda but torch sees no GPU; use --device cpu, or see segvit doctor")
-    views = Views(scales=tuple(scales), flip=flip)
     return Predictor(load_model(model, device=where), precision=precision, views=views)
 
 
 def evaluate_run(
-    run: str, data: str | None, split: str, *, scales: tuple[float, ...], flip: bool, precision: Precision,
-    device: str | None, workers: int,
-) -> Evaluated:  # fmt: skip
+    run: str, data: str | None, split: str, *, views: Views, precision: Precision, device: str | None, workers: int
+) -> Evaluated:
     """Evaluate a run on a dataset, by default its own."""
     source = data or _trained_on(run)
-    segment = predictor(run, scales=scales, flip=flip, precision=precision, device=device)
+    segment = predictor(run, views=views, precision=precision, device=device)
     dataset = open_dataset(source)
     metrics = evaluate(segment, dataset, split, workers=workers).confusion.metrics()
     words = protocol(segment.run.spec)
-    if len(segment.views.scales) > 1 or flip:
-        words = words.replace("single scale", f"scales {list(scales)}{' and flip' if flip else ''}")
+    if len(list(views)) > 1:
+        mirrored = " and flip" if views.flip else ""
+        words = words.replace("single scale", f"scales {list(views.scales)}{mirrored}")
     report = metrics.to_json(dataset.classes) | {"data": source, "split": split, "protocol": words}
-    rows = [list(COLUMNS), *metrics.table(dataset.classes)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
-    lines = ["  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))) for row in rows]
-    summary = f"mIoU {metrics.miou:.4f}  mAcc {metrics.macc:.4f}  aAcc {metrics.aacc:.4f}  over {metrics.counted} classes"
-    return Evaluated(report, "\n".join([*lines, "", summary, f"{split} of {source}: {words}"]))
+    summary = f"mIoU {metrics.miou:.4f}  mAcc {metrics.macc:.4f}  aAcc {metrics.aacc:.4f}"
+    table = aligned([COLUMNS, *metrics.table(dataset.classes)])
+    closing = f"{summary}  over {metrics.counted} classes\n{split} of {source}: {words}"
+    return Evaluated(report, f"{table}\n\n{closing}")
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells in columns: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *others in rows:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]))
+    return "\n".join(lines)
 
 
 def _trained_on(run: str) -> str:
@@ -72,8 +80,8 @@ def _trained_on(run: str) -> str:
 
 
 def predict_files(
-    source: str, model: str, out: str | None, extra: dict[str, bool], *, scales: tuple[float, ...], flip: bool,
-    precision: Precision, device: str | None,
+    source: str, model: str, out: str | None, extra: dict[str, bool], *, views: Views, precision: Precision,
+    device: str | None,
 ) -> list[dict[str, str]]:  # fmt: skip
     """Segment files one by one and write the results; returns the paths written for each."""
     images = find_images(source)
@@ -84,7 +92,7 @@ def predict_files(
         raise UserError(f"{targets[clash[0]]} would replace an input image; choose another --out")
     if len(set(targets.values())) < len(targets):  # a.jpg and a.png
         targets = {image: folder / name.parent / f"{name.name}.png" for image, name in images.items()}
-    segment = predictor(model, scales=scales, flip=flip, precision=precision, device=device)
+    segment = predictor(model, views=views, precision=precision, device=device)
     written = []
     for image, target in targets.items():
         result = segment(image, scores=extra["scores"])
@@ -103,10 +111,8 @@ def predict_files(
     return written
 
 
-def save_overlay(result: Any, path: Path) -> None:
+def save_overlay(result: Prediction, path: Path) -> None:
     """Write a prediction's overlay as PNG, atomically."""
-    from segvit.files import open_atomic
-
     with open_atomic(path) as file:
         result.overlay().save(file, "PNG")
 

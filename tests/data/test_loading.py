@@ -9,8 +9,8 @@ import torch
 from segvit.contracts import Classes, InputSpec, Sample, UserError
 from segvit.data.dataset import open_dataset
 from segvit.data.loading import permutation, samples, train_batches
-from segvit.palette import generate_palette
 from segvit.data.transforms import Augment
+from segvit.palette import generate_palette
 from tests.data.folders import two_folders
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a machine with one core
