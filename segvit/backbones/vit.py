@@ -17,6 +17,7 @@ from typing import Any, Literal
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers import PatchEmbed
 from timm.models.beit import Beit
 from timm.models.beit import Block as BeitBlock
 from timm.models.deit import VisionTransformerDistilled
@@ -66,6 +67,7 @@ class PlainViT(nn.Module):
         self.reg_token: nn.Parameter | None = None if isinstance(trunk, Beit) else trunk.reg_token
         self.dist_token = trunk.dist_token if isinstance(trunk, VisionTransformerDistilled) else None
         self.pos_embed: nn.Parameter | None = trunk.pos_embed
+        self.classed = self.cls_token is not None and prefix_tokens == "keep"  # then the class token is the first
         self.prefix_has_position = isinstance(trunk, Beit) or not trunk.no_embed_class
         self.norm_pre = nn.Identity() if isinstance(trunk, Beit) else trunk.norm_pre
         self.rope = trunk.rope if isinstance(trunk, Eva) else None
@@ -144,7 +146,8 @@ class PlainViT(nn.Module):
         if isinstance(block, BeitBlock) and block.attn.relative_position_bias_table is not None:
             tables.append(block.attn)
         biases = [
-            _relative_bias(table.relative_position_bias_table, tuple(table.window_size), step) for table in tables
+            _relative_bias(table.relative_position_bias_table, tuple(table.window_size), step, classed=self.classed)
+            for table in tables
         ]
         return torch.stack(biases).sum(0) if biases else None
 
@@ -165,8 +168,7 @@ class PlainViT(nn.Module):
         """Bundle maps and the last step; strides follow from each map's grid."""
         covers = (step.base[0] * self.patch[0], step.base[1] * self.patch[1])
         strides = [round(covers[0] / m.shape[-2]) for m in maps]
-        has_class = self.cls_token is not None and step.prefix > 0
-        return Features(maps, strides, step.base, covers, step.tokens[:, 0] if has_class else None)
+        return Features(maps, strides, step.base, covers, step.tokens[:, 0] if self.classed else None)
 
 
 def _run_block(block: Any, step: Step, rope: Tensor | None, bias: Tensor | None, rows: Tensor | None) -> Tensor:
@@ -217,7 +219,7 @@ def _beit_block(block: BeitBlock, tokens: Tensor, bias: Tensor | None) -> Tensor
     return tokens + block.drop_path2(scale[1] * block.mlp(block.norm2(tokens)))
 
 
-def _relative_bias(table: Tensor, window: Size, step: Step) -> Tensor:
+def _relative_bias(table: Tensor, window: Size, step: Step, *, classed: bool) -> Tensor:
     """Bias (1, M, P + N, P + N) from BEiT's table ((2h-1)(2w-1) + 3, M), resized when the step's base grid differs.
 
     The table's last three rows are class to patch, patch to class and class to class; further prefix tokens get 0.
@@ -237,6 +239,8 @@ def _relative_bias(table: Tensor, window: Size, step: Step) -> Tensor:
         return among
     bias = among.new_zeros(1, heads, prefix + tokens, prefix + tokens)
     bias[:, :, prefix:, prefix:] = among
+    if not classed:  # the prefix holds inserted tokens only
+        return bias
     bias[:, :, 0, prefix:] = table[-3][:, None]
     bias[:, :, prefix:, 0] = table[-2][:, None]
     bias[:, :, 0, 0] = table[-1]
@@ -310,7 +314,7 @@ def _timm_trunk(
         )
     except TypeError as error:  # convolutional families do not know img_size
         raise UserError(f"{name} is not a plain ViT of timm ({error}); use a vit_, deit, eva or beit name") from error
-    plain = isinstance(trunk, VisionTransformer | Eva | Beit) and isinstance(trunk.patch_embed.proj, nn.Conv2d)
+    plain = isinstance(trunk, VisionTransformer | Eva | Beit) and isinstance(trunk.patch_embed, PatchEmbed)
     if not plain:
         raise UserError(f"{name} is a {type(trunk).__name__}, not a plain ViT; use a vit_, deit, eva or beit name")
     return trunk

@@ -1,0 +1,125 @@
+"""Time and memory of image -> label map, part by part, beside the machine's own matrix rate and the plain readout.
+
+    python benchmarks/inference.py                                    # ViT-B/16, 512 x 512, 150 classes
+    python benchmarks/inference.py --size 2048                        # peak memory at 2048 x 2048
+    python benchmarks/inference.py --model segmenter_vit_base --json
+
+The plain readout makes all class scores at full size at once, as the original does; it runs in the same process, after
+ours, and its labels are compared with ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from segvit.contracts import Dense, InputSpec
+from segvit.inference.predictor import Predictor
+from segvit.nn.flops import count_gflops
+from segvit.zoo import create_model
+
+
+def timed(function: Callable[[], object], runs: int) -> float:
+    """Median seconds of `runs` calls after one that is not counted."""
+    function()
+    seconds = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def matrix_rate(runs: int) -> float:
+    """GFLOP/s (a multiply-add is two) of a large fp32 matrix product on this machine, now."""
+    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    return 2 * 2048**3 / timed(lambda: a @ b, runs) / 1e9
+
+
+def peak_memory(function: Callable[[], object]) -> float:
+    """MB by which the process's resident memory grows at most while the function runs (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")  # forget the old peak
+    before = resident("VmRSS")
+    function()
+    return (resident("VmHWM") - before) / 1024
+
+
+def resident(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(key)).split()[1])
+
+
+
+
+def plain_readout(readout: Callable[[Dense, tuple[int, int], range], torch.Tensor], out: Dense, side: int) -> torch.Tensor:
+    """All scores at once, then the arg max."""
+    return readout(out, (side, side), range(side))[0].argmax(0)
+
+
+@torch.inference_mode()
+def measure(name: str, side: int, classes: int, runs: int) -> dict[str, float | str | int]:
+    torch.manual_seed(0)
+    model = create_model(name, num_classes=classes, spec=InputSpec(), image_size=min(side, 512)).eval()
+    image = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    predictor = Predictor(model)
+    pixels = torch.randn(1, 3, side, side)
+    out = predictor.run.readout.trim(model(pixels))
+    labels = {}
+
+    class Ready:
+        """A runtime whose network has already run, so that only the readout is timed."""
+
+        spec, classes, readout = model.spec, model.classes, model.readout
+
+        def __call__(self, images: torch.Tensor) -> Dense:
+            return out
+
+    reader = Predictor(Ready())
+    report: dict[str, float | str | int] = {
+        "model": name, "side": side, "classes": classes, "threads": torch.get_num_threads(),
+        "parameters_m": sum(p.numel() for p in model.parameters()) / 1e6,
+        "gflops": count_gflops(model, (side, side)),
+        "matrix_gflop_per_s": matrix_rate(3),
+        "backbone_s": timed(lambda: model.backbone(pixels), runs),
+        "network_s": timed(lambda: model(pixels), runs),
+        "whole_s": timed(lambda: labels.update(ours=predictor.segment(image)[0]), runs),
+        "readout_s": timed(lambda: reader.segment(image), runs),
+        "plain_readout_s": timed(lambda: labels.update(plain=plain_readout(model.readout, out, side)), runs),
+        "peak_mb": peak_memory(lambda: predictor.segment(image)),
+        "readout_peak_mb": peak_memory(lambda: reader.segment(image)),
+        "plain_readout_peak_mb": peak_memory(lambda: plain_readout(model.readout, out, side)),
+    }  # fmt: skip
+    ready = reader.segment(image)[0]
+    report["labels_equal"] = float((torch.from_numpy(ready) == labels["plain"]).float().mean())
+    report["decoder_s"] = float(report["network_s"]) - float(report["backbone_s"])
+    report["readout_share"] = float(report["readout_s"]) / float(report["whole_s"])
+    ideal = 2 * float(report["gflops"]) / float(report["matrix_gflop_per_s"])
+    report["of_matrix_rate"] = ideal / float(report["whole_s"])
+    return report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="segvit_vit_base")
+    parser.add_argument("--size", type=int, default=512)
+    parser.add_argument("--classes", type=int, default=150)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    report = measure(arguments.model, arguments.size, arguments.classes, arguments.runs)
+    if arguments.json:
+        print(json.dumps(report, indent=2))
+        return
+    for key, value in report.items():
+        print(f"{key:24} {value:.4g}" if isinstance(value, float) else f"{key:24} {value}")
+
+
+if __name__ == "__main__":
+    main()
