@@ -246,7 +246,8 @@ def _parse(parser: ArgumentParser, arguments: list[str]) -> dict[str, Any]:
     printed = io.StringIO()
     try:
         with redirect_stderr(printed):
-            parsed = parser.parse_args(_resumed(arguments) if parser.prog == "segvit train" else arguments)
+            is_train = parser.prog == "segvit train"
+            parsed = parser.parse_args(_one_length(_resumed(arguments)) if is_train else arguments)
     except ArgumentError as error:
         raise UserError(_hint(str(error), parser, arguments)) from error
     except SystemExit as stop:
@@ -300,10 +301,19 @@ def _resumed(arguments: list[str]) -> list[str]:
     """With --resume, the run's own configuration comes first, so that `--out RUN --resume` is enough."""
     if "--resume=true" not in arguments or "--config" in arguments:
         return arguments
-    places = [i for i, argument in enumerate(arguments) if argument == "--out"]
-    out = arguments[places[-1] + 1] if places and places[-1] + 1 < len(arguments) else ""
+    out = ""
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        option, equals, value = argument.partition("=")
+        if option == "--out":
+            out = value if equals else following
     stored = Path(out) / "config.yaml"
     return ["--config", str(stored), *arguments] if out and stored.is_file() else arguments
+
+
+def _one_length(arguments: list[str]) -> list[str]:
+    """`--steps` replaces a recipe's epochs and the reverse; both together stay for `Experiment` to refuse."""
+    given = {argument.partition("=")[0] for argument in arguments} & {"--steps", "--epochs"}
+    return [*arguments, *(f"{other}=null" for other in {"--steps", "--epochs"} - given)] if len(given) == 1 else arguments
 
 
 def _print(data: Any, as_json: bool, text: str) -> None:

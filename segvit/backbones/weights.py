@@ -7,14 +7,16 @@ filters; position embeddings are resized bicubic without antialias.
 from __future__ import annotations
 
 import inspect
+import math
 import pickle
 import re
 import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -22,6 +24,7 @@ from timm.models import load_state_dict_from_hf
 from torch import Tensor, nn
 
 from segvit.contracts import UserError
+from segvit.nn.tokens import resize_positions
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".npz")
 # A classifier, pooling and pretraining parts of published checkpoints that no token map passes through.
@@ -71,13 +74,16 @@ def load_weights(trunk: nn.Module, weights: str) -> None:
     """
     path = Path(weights).expanduser()
     if path.suffix == ".npz":
-        if not path.is_file():
-            raise UserError(f"{path}: no such weights file")
-        cast(Any, trunk).load_pretrained(str(path))
+        _load_npz(trunk, path)
         return
     local = path.suffix in SUFFIXES or path.exists()
     state = unwrap(read_state(path) if local else _download(weights))
-    fitted = _filter(trunk)(state, trunk)
+    try:
+        fitted = _filter(trunk)(state, trunk)
+    except (AttributeError, KeyError, ValueError, RuntimeError) as error:  # timm's filters trust what they are given
+        raise UserError(
+            f"{weights} does not fit {type(trunk).__name__} ({error}); choose the matching backbone"
+        ) from error
     own = trunk.state_dict()
     used = {key: value for key, value in fitted.items() if not re.search(UNUSED, key) or key in own}
     missing = [key for key in own if key not in used and not re.search(UNUSED, key)]
@@ -90,6 +96,27 @@ def load_weights(trunk: nn.Module, weights: str) -> None:
             "choose the matching backbone"
         )
     trunk.load_state_dict(used, strict=False)
+
+
+def _load_npz(trunk: Any, path: Path) -> None:
+    """AugReg's JAX archive through timm's reader, except for positions, which timm resizes bilinearly."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such weights file")
+    if not hasattr(trunk, "load_pretrained"):
+        raise UserError(f"{path}: .npz weights fit vit_ names only, not {type(trunk).__name__}; give another file")
+    try:
+        with np.load(path) as archive:
+            positions = torch.from_numpy(archive[next(key for key in archive.files if key.endswith("pos_embedding"))])
+        trunk.load_pretrained(str(path))
+    except (StopIteration, EOFError, KeyError, ValueError, RuntimeError, OSError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"{path} does not fit {type(trunk).__name__} or is damaged ({error}); choose the matching backbone"
+        ) from error
+    head = 0 if trunk.no_embed_class else trunk.num_prefix_tokens
+    side = math.isqrt(positions.shape[1] - head)
+    patches = resize_positions(positions[:, head:], old=(side, side), new=tuple(trunk.patch_embed.grid_size))
+    with torch.no_grad():
+        trunk.pos_embed.copy_(torch.cat([positions[:, :head], patches], dim=1))
 
 
 def _download(name: str) -> dict[str, Any]:

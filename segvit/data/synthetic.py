@@ -31,9 +31,9 @@ CLASSES = Classes(
 )  # fmt: skip
 GRASS, SAND, WATER, BALL, BOX, TENT, FLAG, DICE = range(8)
 GROUNDS = (GRASS, SAND, WATER)
-HUES = {  # the range of hues (0..1) of each class
-    GRASS: (0.14, 0.36), SAND: (0.06, 0.22), WATER: (0.50, 0.68), BALL: (0.92, 1.03), BOX: (0.98, 1.09),
-    TENT: (0.66, 0.86), FLAG: (0.66, 0.86), DICE: (0.66, 0.86),
+HUES = {  # the range of hues (0..1) of each class; neighbours overlap
+    GRASS: (0.15, 0.36), SAND: (0.07, 0.19), WATER: (0.50, 0.68), BALL: (0.92, 1.02), BOX: (0.99, 1.09),
+    TENT: (0.78, 0.92), FLAG: (0.71, 0.85), DICE: (0.66, 0.77),
 }  # fmt: skip
 RING = 0.3  # part of the shapes that have a ring to ignore
 
@@ -116,7 +116,7 @@ def _draw_grounds(image: Plane, mask: NDArray[np.uint8], rng: np.random.Generato
 def _draw_shape(image: Plane, mask: NDArray[np.uint8], kind: int, rng: np.random.Generator) -> None:
     size = len(mask)
     rows, columns = _grid(size)
-    radius = rng.uniform(0.14, 0.3)
+    radius = rng.uniform(0.2, 0.33)
     row, column = rng.uniform(0.15, 0.85, 2)
     distance = _distance(kind, rows - row, columns - column, radius, rng.uniform(-0.3, 0.3))
     inside = distance <= 0

@@ -35,8 +35,11 @@ SECONDS_BETWEEN_LINES = 10.0
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the run folder. Raises UserError when another process is writing it."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Hold the run folder. Raises UserError when another process is writing it, or it cannot be a folder."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{folder} is a file or lies below one; choose another --out") from None
     with (folder / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -63,12 +66,13 @@ def claim(folder: Path, config: dict[str, Any]) -> None:
             )
     elif stored.exists() and not config["overwrite"]:
         raise UserError(f"{folder} holds a run; pass --resume to go on, --overwrite to replace it, or another --out")
-    elif config["overwrite"]:
+    elif stored.exists():
         for name in ("checkpoints", "model", "report"):
             shutil.rmtree(folder / name, ignore_errors=True)
-        for name in ("metrics.jsonl", "train.log"):
+        for name in ("metrics.jsonl", "train.log", "val.json"):
             (folder / name).unlink(missing_ok=True)
-    write_text(stored, yaml.safe_dump(plain(config), sort_keys=False))
+    # How this process was started is no part of the run: kept, it would stand against the next --resume.
+    write_text(stored, yaml.safe_dump(plain(config) | {"resume": False, "overwrite": False}, sort_keys=False))
 
 
 def changes(before: Any, now: Any, path: str = "") -> Iterator[str]:

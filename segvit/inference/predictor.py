@@ -5,6 +5,7 @@ Shapes    K classes, H W the original image, R rows of a band.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,7 +120,9 @@ class Predictor:
         for scale, flip in self.views:
             prepared = prepare(image, self.run.spec, ratio=scale, flip=flip)
             views.append((WindowedScores(self.run, prepared, at_once=self.windows_at_once), flip))
-        step = max(1, BAND // (len(self.run.classes) * size[1]))
+        # The network's input may be larger than the image; its share of a band must not be larger than a band.
+        largest = max(math.prod(size), *(math.prod(view.size) for view, _ in views))
+        step = max(1, BAND * size[0] // (len(self.run.classes) * largest))
         for start in range(0, size[0], step):
             rows = range(start, min(start + step, size[0]))
             bands = (view.rows_at(size, rows).flip(-1) if flip else view.rows_at(size, rows) for view, flip in views)
@@ -150,7 +153,9 @@ def as_image(source: str | Path | Image.Image | NDArray[Any] | Tensor) -> tuple[
     array = (
         source.permute(1, 2, 0).cpu().numpy() if isinstance(source, Tensor) and source.ndim == 3 else np.asarray(source)
     )
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
         kind = "tensor (3, H, W)" if isinstance(source, Tensor) else "array (H, W, 3)"
-        raise UserError(f"an image {kind} must be uint8 with three channels, got {array.dtype} of shape {array.shape}")
+        raise UserError(
+            f"an image {kind} must be uint8 with three channels and not empty, got {array.dtype} of shape {array.shape}"
+        )
     return np.ascontiguousarray(array), ""

@@ -130,7 +130,8 @@ def find_images(source: str) -> dict[Path, Path]:
         named = {path: Path(path.name)}
     else:
         found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
-        named = {file: Path(file.name) for file in found}
+        shared = os.path.commonpath([file.parent for file in found]) if found else ""
+        named = {file: file.relative_to(shared) for file in found}  # two folders may hold files of one name
     if not named:
         kinds = ", ".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
         raise UserError(f"{source}: no such image, and no images in it or matching it ({kinds})")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -32,6 +32,9 @@ from segvit.zoo import create_model, find_system, load_model, match_classes, sav
 
 if TYPE_CHECKING:
     from segvit.contracts import Model
+
+
+LARGE_RATE = 1e-2  # of AdamW, above which training from any start usually fails
 
 
 @dataclass(frozen=True)
@@ -152,10 +155,19 @@ class Run:
             workers=self.experiment.workers,
         )  # fmt: skip
         fit(
-            self.model, self.optimizer, grouped(iter(loader), self.experiment.accumulate), procedure=self.procedure,
-            accelerator=self.accelerator, progress=self.progress, average=self.average, report=self.log.row,
-            after=self.after,
+            self.model, self.optimizer, grouped(self.watched(loader), self.experiment.accumulate),
+            procedure=self.procedure, accelerator=self.accelerator, progress=self.progress, average=self.average,
+            report=self.log.row, after=self.after,
         )  # fmt: skip
+
+    def watched(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches, with a warning the first time that one holds nothing to learn from."""
+        warned, ignore = False, self.dataset.classes.ignore_index
+        for batch in batches:
+            if not warned and bool((batch.masks == ignore).all()):
+                warned = True
+                self.log.message(f"warning: nothing but ignored pixels in {', '.join(batch.names)}; check these masks")
+            yield batch
 
     def after(self, step: int) -> None:
         """After each step: validate and save when it is time, and at the end."""
@@ -165,7 +177,8 @@ class Run:
             metrics = self.validate()
             self.log.row({"step": step, "val": {"miou": metrics.miou, "macc": metrics.macc, "aacc": metrics.aacc}})
             self.log.message(f"step {step}: validation mIoU {metrics.miou:.4f}")
-            best = metrics.miou > self.progress.best
+            nothing_yet = last and not self.progress.best_step  # the figure may be NaN: masks of nothing but ignore
+            best = metrics.miou > self.progress.best or nothing_yet
             if best:
                 self.progress.best, self.progress.best_step = metrics.miou, step
                 self.save_model()
@@ -209,6 +222,9 @@ class Run:
             f"{self.procedure.steps} steps of {self.experiment.batch_size} images on {self.accelerator.device} "
             f"in {self.accelerator.mixed_precision.replace('no', 'fp32')}"
         )
+        highest = max(rate.lr for rate in self.rates)
+        if self.experiment.optim.name == "adamw" and highest > LARGE_RATE:
+            self.log.message(f"warning: a learning rate of {highest:g} is large for AdamW; transformers rarely bear it")
 
 
 def make_accelerator(experiment: Experiment) -> Accelerator:

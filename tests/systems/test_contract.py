@@ -1,0 +1,196 @@
+"""What every system owes the rest of the library, for every name in the catalogue."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from segvit.contracts import Classes, Dense, InputSpec
+from segvit.zoo import MODELS, create_model, find_system, load_model, save_model
+
+K = 5
+CLASSES = Classes(("wall", "sky", "tree", "road", "car"), tuple((i, 2 * i, 9) for i in range(K)))
+TINY: dict[str, Any] = {"image_size": 32, "patch_size": 8, "depth": 3, "embed_dim": 128, "out_indices": [0, 1, 2]}
+# Names that share everything but the backbone, which is made tiny anyway, are one case of the slower checks.
+KINDS = ["segvit_vit_tiny", "segvit_shrunk_vit_tiny", "segmenter_vit_tiny", "segmenter_linear_vit_base"]
+
+
+def tiny(name: str, **options: Any) -> Any:
+    """A tiny model with random weights, in evaluation mode."""
+    torch.manual_seed(0)
+    options = TINY | options
+    if "shrunk" in name:
+        options |= {"out_indices": [0, 2], "shrink_at": 1}
+    elif name.startswith("segmenter"):
+        options |= {"out_indices": [2]}
+    return create_model(name, classes=CLASSES, **options).eval()
+
+
+def random_masks(count: int, height: int, width: int) -> Tensor:
+    """Label maps in which some classes are absent and some pixels ignored."""
+    masks = torch.randint(0, K - 1, (count, height, width))
+    masks[0][masks[0] == 2] = 255
+    return masks.to(torch.uint8)
+
+
+def losses(name: str, out: Dense, masks: Tensor, totals: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    system = find_system(name)
+    if totals is None:
+        totals = system.normalisers(masks, num_classes=K, ignore_index=255)
+    return system.criterion(out, masks, totals, ignore_index=255)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_output(name: str) -> None:
+    model = tiny(name)
+    for size in ((32, 32), (37, 50)):
+        with torch.no_grad():
+            out = model(torch.randn(2, 3, *size))
+        assert isinstance(out, Dense)
+        assert out.logits.shape[:2] == (2, K)
+        assert out.logits.shape[-2:] == tuple(-(-side // 8) for side in size)
+        assert out.covers == tuple(-(-side // 8) * 8 for side in size)
+        assert all(torch.isfinite(t).all() for t in (out.logits, *out.extras.values()))
+    assert model.classes is CLASSES
+    assert model.readout is MODELS[name].readout
+    assert model.spec == InputSpec(mean=model.backbone.mean, std=model.backbone.std)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_reach_every_parameter(name: str) -> None:
+    model = tiny(name).train()
+    terms = losses(name, model(torch.randn(2, 3, 32, 32)), random_masks(2, 32, 32))
+    for value in terms.values():
+        assert value.shape == ()
+        assert torch.isfinite(value)
+        assert value > 0
+    torch.stack(list(terms.values())).sum().backward()
+    missing = [key for key, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not missing
+    zero = [key for key, p in model.named_parameters() if p.grad.abs().max() == 0]
+    dropped = {"backbone.cls_token"} if model.backbone.prefix_tokens == "drop" else set()
+    assert set(zero) == dropped
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_images_of_a_batch_are_independent(name: str) -> None:
+    model, images = tiny(name), torch.randn(3, 3, 37, 50)
+    with torch.no_grad():
+        together = model(images)
+        alone = [model(image[None]) for image in images]
+    torch.testing.assert_close(together.logits, torch.cat([out.logits for out in alone]), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("size", [(32, 32), (37, 50), (24, 61)])
+def test_bands_are_rows_of_the_whole(name: str, size: tuple[int, int]) -> None:
+    model, height = tiny(name), size[0]
+    with torch.no_grad():
+        out = model(torch.randn(2, 3, *size))
+        trimmed = model.readout.trim(out)
+        whole = model.readout(out, size, range(height))
+        assert whole.shape == (2, K, *size)
+        assert torch.isfinite(whole).all()
+        assert set(trimmed.extras) <= set(model.readout.keeps)
+        torch.testing.assert_close(model.readout(trimmed, size, range(height)), whole, atol=0, rtol=0)
+        for band in (1, 5, 16, height):
+            bands = [range(top, min(top + band, height)) for top in range(0, height, band)]
+            parts = [model.readout(trimmed, size, rows) for rows in bands]
+            assert [part.shape for part in parts] == [(2, K, len(rows), size[1]) for rows in bands]
+            torch.testing.assert_close(torch.cat(parts, dim=2), whole, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_pixels_that_are_all_ignored(name: str) -> None:
+    model = tiny(name).train()
+    terms = losses(name, model(torch.randn(2, 3, 32, 32)), torch.full((2, 32, 32), 255, dtype=torch.uint8))
+    torch.stack(list(terms.values())).sum().backward()
+    assert all(torch.isfinite(value) for value in terms.values())
+    assert all(value == 0 for key, value in terms.items() if "mask" in key or "dice" in key)
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_ignored_pixels_do_not_matter_to_the_classes_seen(name: str) -> None:
+    masks = random_masks(1, 32, 32)
+    totals = find_system(name).normalisers(masks, num_classes=K, ignore_index=255)
+    assert all(int(value) > 0 for value in totals.values())
+    wide = masks.to(torch.int32)
+    again = find_system(name).normalisers(wide, num_classes=K, ignore_index=255)
+    assert {key: int(value) for key, value in again.items()} == {key: int(value) for key, value in totals.items()}
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("empty_half", [False, True])
+def test_micro_batches_add_up_to_the_whole_batch(name: str, empty_half: bool) -> None:
+    model = tiny(name, dropout=0.0, drop_path=0.0).double().train()
+    images, masks = torch.randn(4, 3, 37, 50, dtype=torch.float64), random_masks(4, 37, 50)
+    if empty_half:
+        masks[2:] = 255
+    halves = [slice(0, 1), slice(1, 2), slice(2, 4)]
+    system = find_system(name)
+    totals = system.normalisers(masks, num_classes=K, ignore_index=255)
+    parts = [system.normalisers(masks[half], num_classes=K, ignore_index=255) for half in halves]
+    assert all(value.shape == () for value in totals.values())
+    assert all(int(value) == sum(int(part[key]) for part in parts) for key, value in totals.items())
+    whole = losses(name, model(images), masks, totals)
+    terms = [losses(name, model(images[half]), masks[half], totals) for half in halves]
+    for key, value in whole.items():
+        added = torch.stack([part[key] for part in terms]).sum()
+        torch.testing.assert_close(added, value, atol=1e-7, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_save_and_load(name: str, tmp_path: Path) -> None:
+    model = tiny(name)
+    model.spec = InputSpec(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), scale=(64, 32), window=(32, 32), stride=(16, 16))
+    save_model(model, tmp_path / "model")
+    again = load_model(tmp_path)
+    assert not again.training
+    assert (again.config, again.classes, again.spec) == (model.config, model.classes, model.spec)
+    images = torch.randn(1, 3, 32, 40)
+    with torch.no_grad():
+        mine, theirs = model(images), again(images)
+    assert torch.equal(mine.logits, theirs.logits)
+    assert mine.extras.keys() == theirs.extras.keys()
+    assert all(torch.equal(value, theirs.extras[key]) for key, value in mine.extras.items())
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_export(name: str) -> None:
+    model, images = tiny(name), torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        program = torch.export.export(model, (images,))
+        torch.testing.assert_close(program.module()(images).logits, model(images).logits, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_bf16(name: str) -> None:
+    model, images = tiny(name), torch.randn(2, 3, 32, 32)
+    masks = random_masks(2, 32, 32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = model.train()(images)
+    terms = losses(name, out, masks)
+    assert all(value.dtype == torch.float32 and torch.isfinite(value) for value in terms.values())
+    torch.stack(list(terms.values())).sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+    with torch.no_grad():
+        full = model.eval()(images)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            half = model(images)
+    spread = full.logits.std()
+    assert (half.logits.float() - full.logits).abs().mean() < 0.1 * spread
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_official_keys_of_our_own_are_left_alone(name: str) -> None:
+    """`convert` is a pure function: it neither changes nor copies what it is given."""
+    state = tiny(name).state_dict()
+    before = dict(state)
+    find_system(name).convert(state)
+    assert state.keys() == before.keys()
