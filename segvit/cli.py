@@ -254,7 +254,7 @@ def _parse(parser: ArgumentParser, arguments: list[str]) -> dict[str, Any]:
         if stop.code:
             raise UserError(_hint(printed.getvalue(), parser, arguments)) from None
         raise
-    options: dict[str, Any] = parser.instantiate_classes(parsed).as_dict()
+    options: dict[str, Any] = parser.instantiate(parsed).as_dict()
     options.pop("config", None) if parser.prog == "segvit train" else None
     return options
 
@@ -312,8 +312,9 @@ def _resumed(arguments: list[str]) -> list[str]:
 
 def _one_length(arguments: list[str]) -> list[str]:
     """`--steps` replaces a recipe's epochs and the reverse; both together stay for `Experiment` to refuse."""
-    given = {argument.partition("=")[0] for argument in arguments} & {"--steps", "--epochs"}
-    return [*arguments, *(f"{other}=null" for other in {"--steps", "--epochs"} - given)] if len(given) == 1 else arguments
+    both = {"--steps", "--epochs"}
+    given = {argument.partition("=")[0] for argument in arguments} & both
+    return [*arguments, f"{(both - given).pop()}=null"] if len(given) == 1 else arguments
 
 
 def _print(data: Any, as_json: bool, text: str) -> None:

@@ -10,7 +10,7 @@ import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError
@@ -25,6 +25,9 @@ from segvit.systems import segmenter, segvit
 
 if TYPE_CHECKING:
     from segvit.contracts import Model
+
+
+T = TypeVar("T")
 
 
 class System(NamedTuple):
@@ -132,8 +135,8 @@ def load_model(source: str | Path, *, device: str | torch.device = "cpu") -> Mod
     Raises UserError when the folder is incomplete or its weights do not fit its configuration.
     """
     folder = _model_folder(source)
-    config = ModelConfig.from_json(_read_json(folder / "config.json"))
-    spec = InputSpec.from_json(_read_json(folder / "preprocessor_config.json"))
+    config = _parse(folder / "config.json", ModelConfig.from_json)
+    spec = _parse(folder / "preprocessor_config.json", InputSpec.from_json)
     model = create_model(config.name, classes=config.classes, spec=spec, **config.options)
     try:
         state = load_file(folder / "model.safetensors")
@@ -175,11 +178,13 @@ def _model_folder(source: str | Path) -> Path:
         raise UserError(f"{source} is neither a folder nor a model to be had from the hub ({reason})") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _parse(path: Path, parse: Callable[[dict[str, Any]], T]) -> T:
     try:
-        return cast("dict[str, Any]", json.loads(path.read_text(encoding="utf-8")))
+        return parse(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); copy the model folder again") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not a segvit model's, {error} is missing or of another kind") from error
 
 
 def match_classes(model: Model, source: Model) -> None:
@@ -198,12 +203,13 @@ def match_classes(model: Model, source: Model) -> None:
     axes = _class_axes(model)
     for key, value in given.items():
         axis = axes.get(key)
+        same = [place == axis or a == b for place, (a, b) in enumerate(zip(state[key].shape, value.shape, strict=True))]
+        if not all(same):
+            raise UserError(
+                f"{key} is {tuple(value.shape)} in the run to start from and {tuple(state[key].shape)} here; "
+                "use the same options, image_size included"
+            )
         if axis is None:
-            if state[key].shape != value.shape:
-                raise UserError(
-                    f"{key} is {tuple(value.shape)} in the run to start from and {tuple(state[key].shape)} here; "
-                    "use the same options, image_size included"
-                )
             state[key] = value
             continue
         extra = state[key].shape[axis] - len(model.classes)  # e.g. the row of "no object"

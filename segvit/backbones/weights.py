@@ -105,7 +105,7 @@ def _load_npz(trunk: Any, path: Path) -> None:
     if not hasattr(trunk, "load_pretrained"):
         raise UserError(f"{path}: .npz weights fit vit_ names only, not {type(trunk).__name__}; give another file")
     try:
-        with np.load(path) as archive:
+        with path.open("rb") as file, np.load(file) as archive:
             positions = torch.from_numpy(archive[next(key for key in archive.files if key.endswith("pos_embedding"))])
         trunk.load_pretrained(str(path))
     except (StopIteration, EOFError, KeyError, ValueError, RuntimeError, OSError, zipfile.BadZipFile) as error:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pickle
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,9 @@ def read_state(path: Path) -> dict[str, Any]:
     Raises UserError when the file is missing, damaged, or holds pickled code.
     """
     try:
+        with path.open("rb") as file:
+            if not zipfile.is_zipfile(file):  # torch would take it for a file of its oldest format
+                raise EOFError("it is cut short, or no checkpoint")
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no checkpoint to resume from; leave --resume out to start the run") from None
@@ -64,10 +68,12 @@ def read_state(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: refused, the file holds pickled code and not a checkpoint of ours") from error
     except (RuntimeError, EOFError, OSError, ValueError) as error:
         raise UserError(
-            f"{path}: damaged ({str(error).splitlines()[0]}); resume from checkpoints/best instead"
+            f"{path}: damaged ({str(error).partition(chr(10))[0]}); copy checkpoints/best/state.pt over it to go on "
+            "from there, or start again with --overwrite"
         ) from error
-    if state.get("format") != FORMAT:
-        raise UserError(f"{path}: written by another version of segvit (format {state.get('format')}, here {FORMAT})")
+    found = state.get("format") if isinstance(state, dict) else None
+    if found != FORMAT:
+        raise UserError(f"{path}: written by another version of segvit (format {found}, here {FORMAT})")
     return state
 
 

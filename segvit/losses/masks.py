@@ -16,8 +16,10 @@ def present_classes(masks: Tensor, *, num_classes: int, ignore_index: int) -> Te
     """
     flat = masks.flatten(1).long()
     offset = torch.arange(len(flat), device=flat.device)[:, None] * (ignore_index + 1)
-    if int(flat.max()) > ignore_index or int(flat.min()) < 0:
-        raise ValueError(f"mask id {int(flat.max())} is neither a class (0..{num_classes - 1}) nor {ignore_index}")
+    low, high = int(flat.min()), int(flat.max())
+    if low < 0 or high > ignore_index:
+        wrong = low if low < 0 else high
+        raise ValueError(f"mask id {wrong} is neither a class (0..{num_classes - 1}) nor {ignore_index}")
     counts = torch.bincount((flat + offset).flatten(), minlength=len(flat) * (ignore_index + 1))
     counts = counts.view(len(flat), ignore_index + 1)
     stray = counts[:, num_classes:ignore_index].sum(0).nonzero()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -61,6 +62,7 @@ def train(experiment: Experiment) -> Result:
             f"{experiment.data} has {len(dataset.classes)} classes, the recipe expects {experiment.num_classes}; "
             "correct the class table, or set num_classes to null"
         )
+    check_loss(experiment)
     set_seed(experiment.seed)
     model = build_model(experiment, dataset.classes).to(accelerator.device)
     with locked(folder) if accelerator.is_main_process else nullcontext():
@@ -250,6 +252,15 @@ def build_model(experiment: Experiment, classes: Classes) -> Model:
     if experiment.init is not None:
         match_classes(model, load_model(experiment.init))
     return model
+
+
+def check_loss(experiment: Experiment) -> None:
+    """Raises UserError for a loss option that the system's criterion does not have."""
+    parameters = inspect.signature(find_system(experiment.model).criterion).parameters.values()
+    accepted = [item.name for item in parameters if item.kind is item.KEYWORD_ONLY and item.name != "ignore_index"]
+    for name in experiment.loss:
+        if name not in accepted:
+            raise UserError(f"{experiment.model} has no loss option {name!r}; it has {', '.join(accepted) or 'none'}")
 
 
 def input_spec(experiment: Experiment, default: InputSpec) -> InputSpec:

@@ -335,7 +335,7 @@ def test_out_indices() -> None:
 def test_unknown_names_come_with_near_ones() -> None:
     with pytest.raises(UserError, match="vit_tiny_patch16_"):
         plain_vit("vit_tiny_patch16_225", out_indices=[0])
-    with pytest.raises(UserError, match="near names: .*dinov2"):
+    with pytest.raises(UserError, match=r"near names: .*dinov2"):
         plain_vit("vit_smal_patch14_dinov2", out_indices=[0])
 
 

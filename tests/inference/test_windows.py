@@ -131,7 +131,7 @@ def test_each_window_runs_once_and_passed_rows_are_forgotten(target, seeded):
 
 def test_only_what_the_readout_needs_is_kept(seeded):
     view = WindowedScores(FakeRuntime(), torch.randn(3, 20, 20, generator=seeded))
-    view.rows(range(0, 5))
+    view.rows(range(5))
     assert view.outputs[0][0].extras == {}
 
 

@@ -1,0 +1,379 @@
+"""A whole training run: its folder, existing runs, resuming, order of the data, averages, starting from another run."""
+
+import json
+import math
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from segvit.contracts import UserError
+from segvit.engine.run import locked
+from segvit.engine.settings import Optim
+from segvit.engine.state import read_state
+from segvit.tasks import dense
+from segvit.tasks.dense import build_model, train
+from segvit.tasks.experiment import Experiment
+from segvit.zoo import create_model, load_model
+from tests.tasks.tiny import DATA, OPTIONS, experiment, history, steps
+
+FILES = {
+    "config.yaml", "env.json", "data_report.json", "train.log", "metrics.jsonl", "val.json",
+    "checkpoints/last/state.pt", "checkpoints/best/state.pt", "report/index.html", "model/config.json",
+    "model/model.safetensors", "model/preprocessor_config.json", "model/README.md", ".lock",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of six steps; tests that write take a copy."""
+    folder = tmp_path_factory.mktemp("runs") / "a"
+    train(experiment(folder, val_every=3))
+    return folder
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def content(folder, *names):
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+def folder_data(root, names, *, size=32, images=3, ignored=False):
+    """Two folders with a class table of their own."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for kind in ("images", "masks"):
+            (root / kind / split).mkdir(parents=True)
+        for i in range(images):
+            picture = Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8))
+            picture.save(root / "images" / split / f"{i}.png")
+            mask = rng.integers(0, len(names), (size // 8, size // 8), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+            if ignored and split == "val":
+                mask[:] = 255
+            Image.fromarray(mask).save(root / "masks" / split / f"{i}.png")
+    (root / "classes.txt").write_text("\n".join(names))
+    return str(root)
+
+
+def test_the_run_folder_holds_what_the_design_says(finished):
+    found = {path.relative_to(finished).as_posix() for path in finished.rglob("*") if path.is_file()}
+    assert found == FILES
+    assert json.loads((finished / "data_report.json").read_text())["splits"] == {"train": 12, "val": 4}
+    assert json.loads((finished / "env.json").read_text())["torch"] == torch.__version__
+    assert "6 steps of 4 images on cpu in fp32" in (finished / "train.log").read_text()
+    page = (finished / "report" / "index.html").read_text()
+    assert page.startswith("<!DOCTYPE html>")
+    assert "data:image/" in page
+
+
+def test_the_configuration_is_complete_and_gives_the_experiment_back(finished):
+    stored = yaml.safe_load((finished / "config.yaml").read_text())
+    assert stored.keys() == Experiment.__dataclass_fields__.keys()
+    assert (stored["data"], stored["options"], stored["steps"]) == (DATA, OPTIONS, 6)
+
+
+def test_metrics_have_one_line_a_step_and_the_validations(finished):
+    rows = history(finished)
+    assert [(row["step"], "val" in row) for row in rows] == [
+        (1, False), (2, False), (3, False), (3, True), (4, False), (5, False), (6, False), (6, True),
+    ]  # fmt: skip
+    for row in steps(finished):
+        assert row["loss"] == pytest.approx(sum(value for name, value in row.items() if name.startswith("loss_")))
+        assert math.isfinite(row["grad_norm"])
+    assert rows[-1]["val"].keys() == {"miou", "macc", "aacc"}
+
+
+def test_the_model_is_the_best_one_and_its_figures_are_reported(finished):
+    best = max((row for row in history(finished) if "val" in row), key=lambda row: row["val"]["miou"])
+    assert json.loads((finished / "val.json").read_text())["miou"] == pytest.approx(best["val"]["miou"])
+    state = read_state(finished / "checkpoints" / "best" / "state.pt")
+    assert state["step"] == state["best_step"] == best["step"]
+    weights = load_file(finished / "model" / "model.safetensors")
+    assert weights.keys() == state["model"].keys()
+    assert all(torch.equal(weights[key], value) for key, value in state["model"].items())
+    model = load_model(finished)
+    assert model.classes.names[0] == "grass"
+    card = (finished / "model" / "README.md").read_text()
+    assert f"mIoU {best['val']['miou']:.4f}" in card
+    assert yaml.safe_load(card.split("---")[1])["library_name"] == "segvit"
+
+
+def test_an_existing_run_is_refused_and_untouched(finished):
+    before = content(finished, *FILES)
+    with pytest.raises(UserError, match="holds a run; pass --resume to go on, --overwrite to replace it"):
+        train(experiment(finished))
+    assert content(finished, *FILES) == before
+
+
+def test_overwrite_replaces_the_run(copy):
+    train(experiment(copy, overwrite=True, steps=2, val_every=0))
+    assert [row["step"] for row in steps(copy)] == [1, 2]
+    assert "6 steps" not in (copy / "train.log").read_text()
+    # The flag is of this call, not of the run: it must not stand against a later --resume.
+    assert yaml.safe_load((copy / "config.yaml").read_text())["overwrite"] is False
+    train(experiment(copy, resume=True, steps=2, val_every=0))
+
+
+def test_overwrite_deletes_nothing_in_a_folder_that_is_no_run(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.txt").write_text("precious")
+    train(experiment(tmp_path, overwrite=True, steps=1))
+    assert (tmp_path / "model" / "mine.txt").read_text() == "precious"
+
+
+def test_a_run_that_is_being_written_is_refused(copy):
+    before = content(copy, *FILES)
+    with locked(copy), pytest.raises(UserError, match="is being written by another process"):
+        train(experiment(copy, resume=True, val_every=3))
+    assert content(copy, *FILES) == before
+    with locked(copy):  # the refusal did not leave a lock
+        pass
+
+
+def test_out_may_not_be_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match="is a file or lies below one"):
+            train(experiment(out))
+
+
+def test_resuming_a_finished_run_changes_no_result(copy):
+    names = FILES - {"train.log", "env.json", "report/index.html", "config.yaml"}  # the copy has another out
+    before = content(copy, *names)
+    result = train(experiment(copy, resume=True, val_every=3))
+    assert content(copy, *names) == before
+    assert "the run is finished: 6 steps were done" in (copy / "train.log").read_text()
+    assert result.metrics.miou == pytest.approx(json.loads(before["val.json"])["miou"])
+
+
+def test_resuming_with_another_setting_names_it(copy):
+    before = content(copy, *FILES)
+    changed = experiment(copy, resume=True, batch_size=6, optim=Optim(lr=0.002))
+    with pytest.raises(UserError, match=r"batch_size: 4 -> 6; optim.lr: 0.001 -> 0.002\); resume with the same ones"):
+        train(changed)
+    assert content(copy, *FILES) == before
+
+
+def test_a_finished_run_may_be_made_longer(copy):
+    train(experiment(copy, resume=True, val_every=3, steps=8, workers=1))
+    assert [row["step"] for row in steps(copy)] == list(range(1, 9))
+
+
+def test_resume_without_a_checkpoint_starts_over(tmp_path, monkeypatch):
+    def killed(self, *, best):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(dense.Run, "save", killed)
+        train(experiment(tmp_path / "a", checkpoint_every=3))
+    assert [row["step"] for row in steps(tmp_path / "a")] == [1, 2, 3]
+    train(experiment(tmp_path / "a", resume=True, checkpoint_every=3))
+    assert [row["step"] for row in steps(tmp_path / "a")] == [1, 2, 3, 4, 5, 6]
+    assert "no checkpoint was written yet; starting from the beginning" in (tmp_path / "a" / "train.log").read_text()
+
+
+def test_resume_of_a_run_that_never_began_starts_it(tmp_path):
+    assert train(experiment(tmp_path / "new", resume=True, steps=1)).best_step == 1
+
+
+def test_the_same_experiment_gives_the_same_run(finished, tmp_path):
+    train(experiment(tmp_path / "b", val_every=3))
+    assert steps(tmp_path / "b") == steps(finished)
+    weights = "model/model.safetensors"
+    assert (tmp_path / "b" / weights).read_bytes() == (finished / weights).read_bytes()
+
+
+def test_workers_and_validation_change_nothing(finished, tmp_path):
+    train(experiment(tmp_path / "b", val_every=0, workers=2))
+    assert steps(tmp_path / "b") == steps(finished)
+
+
+def test_another_seed_gives_another_run(finished, tmp_path):
+    train(experiment(tmp_path / "b", seed=1, steps=1))
+    assert steps(tmp_path / "b")[0]["loss"] != steps(finished)[0]["loss"]
+
+
+def test_the_average_is_what_is_saved(finished, tmp_path):
+    train(experiment(tmp_path / "b", ema=0.5, val_every=0))
+    assert [row["loss"] for row in steps(tmp_path / "b")] == [row["loss"] for row in steps(finished)]
+    weights = load_file(tmp_path / "b" / "model" / "model.safetensors")
+    state = read_state(tmp_path / "b" / "checkpoints" / "last" / "state.pt")
+    assert weights.keys() == state["model"].keys()
+    assert all(torch.equal(state["average"][f"module.{key}"], value) for key, value in weights.items())
+    assert any(not torch.equal(state["model"][key], value) for key, value in weights.items())
+
+
+def test_an_averaged_run_resumes_exactly(tmp_path):
+    settings = {"ema": 0.9, "val_every": 0, "checkpoint_every": 3}
+    train(experiment(tmp_path / "a", **settings))
+
+    def stop(step):
+        if step == 4:
+            raise KeyboardInterrupt
+
+    after = dense.Run.after
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(dense.Run, "after", lambda run, step: (stop(step), after(run, step)))
+        train(experiment(tmp_path / "b", **settings))
+    torch.rand(3)  # the state of this process must not matter
+    train(experiment(tmp_path / "b", **settings, resume=True))
+    assert steps(tmp_path / "b") == steps(tmp_path / "a")
+    weights = "model/model.safetensors"
+    assert (tmp_path / "b" / weights).read_bytes() == (tmp_path / "a" / weights).read_bytes()
+
+
+def test_bf16_on_the_cpu(tmp_path):
+    train(experiment(tmp_path / "a", precision="bf16", steps=3))
+    assert all(math.isfinite(row["loss"]) for row in steps(tmp_path / "a"))
+    assert "in bf16" in (tmp_path / "a" / "train.log").read_text()
+    weights = load_file(tmp_path / "a" / "model" / "model.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.float32}
+
+
+def test_one_run_in_fp32_follows_one_in_bf16(finished, tmp_path):
+    train(experiment(tmp_path / "b", steps=1))
+    assert "in fp32" in (tmp_path / "b" / "train.log").read_text()
+    assert steps(tmp_path / "b")[0]["loss"] == steps(finished)[0]["loss"]
+
+
+def test_init_takes_the_head_by_class_name(finished, tmp_path):
+    names = ["snow", "water", "grass"]  # one new class, two old ones in another order
+    started = experiment(tmp_path / "b", data=folder_data(tmp_path / "data", names), init=str(finished), steps=1)
+    classes = dense.open_dataset(started.data).classes
+    model, source = build_model(started, classes).state_dict(), load_model(finished).state_dict()
+    torch.manual_seed(0)
+    fresh = build_model(replace(started, init=None), classes).state_dict()
+    old = load_model(finished).classes.names
+    assert torch.equal(model["head.queries"][1], source["head.queries"][old.index("water")])
+    assert torch.equal(model["head.queries"][2], source["head.queries"][old.index("grass")])
+    # The row of "no object" stands last in both.
+    assert torch.equal(model["head.class_embed.weight"][3], source["head.class_embed.weight"][8])
+    assert torch.equal(model["head.class_embed.bias"][[1, 2]], source["head.class_embed.bias"][[2, 0]])
+    assert not any(torch.equal(model["head.queries"][0], row) for row in source["head.queries"])
+    assert model["head.queries"].shape == fresh["head.queries"].shape
+    body = [key for key in source if key not in ("head.queries", "head.class_embed.weight", "head.class_embed.bias")]
+    assert all(torch.equal(model[key], source[key]) for key in body)
+    train(started)
+    assert load_model(tmp_path / "b").classes.names == tuple(names)
+
+
+def test_init_from_another_architecture_is_refused(finished, tmp_path):
+    other = experiment(tmp_path / "b", init=str(finished), options=OPTIONS | {"layers": 2})
+    with pytest.raises(UserError, match="have different parts; use --init with the same model"):
+        train(other)
+    with pytest.raises(UserError, match="use the same options, image_size included"):
+        train(experiment(tmp_path / "b", init=str(finished), options=OPTIONS | {"image_size": 64}))
+    with pytest.raises(UserError, match="nowhere"):
+        train(experiment(tmp_path / "b", init=str(tmp_path / "nowhere")))
+    assert not (tmp_path / "b").exists()
+
+
+def test_data_without_validation_keeps_the_last_weights(tmp_path):
+    data = folder_data(tmp_path / "data", ["a", "b"])
+    for kind in ("images", "masks"):
+        shutil.rmtree(tmp_path / "data" / kind / "val")
+    result = train(experiment(tmp_path / "run", data=data, steps=2))
+    assert result.metrics is None
+    state = read_state(tmp_path / "run" / "checkpoints" / "last" / "state.pt")
+    weights = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert all(torch.equal(weights[key], value) for key, value in state["model"].items())
+    assert not (tmp_path / "run" / "val.json").exists()
+
+
+def test_validation_with_nothing_but_ignored_pixels_still_leaves_a_model(tmp_path):
+    data = folder_data(tmp_path / "data", ["a", "b"], ignored=True)
+    train(experiment(tmp_path / "run", data=data, steps=2, val_every=1))
+    assert json.loads((tmp_path / "run" / "val.json").read_text())["miou"] is None
+    load_model(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_classes": 7}, "has 8 classes, the recipe expects 7; correct the class table, or set num_classes to"),
+        ({"model": "segvit_vit_tyny"}, "unknown model 'segvit_vit_tyny'; did you mean segvit_vit_tiny"),
+        ({"options": {"depht": 2}}, "has no option 'depht'; did you mean depth"),
+        ({"loss": {"dise_weight": 1.0}}, "has no loss option 'dise_weight'; it has class_weight, mask_weight, dice_"),
+        ({"data": "synthetic:circles"}, "no such generated dataset; there is synthetic:shapes"),
+        ({"data": "nowhere"}, "nowhere: no such file"),
+        ({"device": "cuda"}, "torch sees no GPU"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_mistakes_are_named_before_anything_is_written(changes, message, tmp_path):
+    if changes.get("device") == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(UserError, match=message):
+        train(experiment(tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 5, "accumulate": 2}, "batch_size 5 must be a multiple of accumulate 2"),
+        ({"epochs": 2.0}, "give steps or epochs, exactly one; got steps=6, epochs=2.0"),
+        ({"steps": None}, "give steps or epochs, exactly one; got steps=None, epochs=None"),
+        ({"steps": 0}, "steps must be positive, got 0"),
+        ({"resume": True, "overwrite": True}, "resume and overwrite exclude each other"),
+    ],
+)
+def test_contradictions_are_refused(changes, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        experiment(tmp_path, **changes)
+
+
+def test_the_batch_divides_into_processes_and_micro_batches():
+    class Second:
+        """The second of three processes."""
+
+        num_processes, process_index = 3, 1
+
+    run = experiment("x", batch_size=12, accumulate=2)
+    assert list(dense.draw_lists(run, Second(), 1, 3)) == [[14, 15], [20, 21], [26, 27], [32, 33]]
+    with pytest.raises(UserError, match="batch_size 8 must be a multiple of accumulate x processes = 6"):
+        list(dense.draw_lists(experiment("x", batch_size=8, accumulate=2), Second(), 0, 1))
+
+
+def test_epochs_are_passes_over_the_images():
+    assert experiment("x", steps=None, epochs=2.5, batch_size=4).total_steps(12) == 8
+    assert experiment("x", steps=None, epochs=0.1, batch_size=4).total_steps(12) == 1
+
+
+def test_accumulation_draws_the_same_images(tmp_path):
+    data = {"options": OPTIONS | {"dropout": 0.0, "drop_path": 0.0}, "steps": 2}
+    train(experiment(tmp_path / "one", **data))
+    train(experiment(tmp_path / "four", **data, accumulate=4))
+    for one, four in zip(steps(tmp_path / "one"), steps(tmp_path / "four"), strict=True):
+        assert four["loss"] == pytest.approx(one["loss"], rel=1e-5)
+
+
+def test_a_nan_loss_keeps_the_checkpoint_and_frees_the_run(tmp_path, monkeypatch):
+    def poisoned(*args, **kwargs):
+        model = create_model(*args, **kwargs)
+        calls = []
+
+        def hook(module, inputs, out):
+            calls.append(1)
+            poison = float("nan") if module.training and len(calls) > 3 else 0.0
+            return out._replace(extras={k: v + poison for k, v in out.extras.items()})
+
+        model.register_forward_hook(hook)
+        return model
+
+    monkeypatch.setattr(dense, "create_model", poisoned)
+    with pytest.raises(UserError, match=r"the loss is nan at step 4 .*train_000"):
+        train(experiment(tmp_path / "a", checkpoint_every=2))
+    assert read_state(tmp_path / "a" / "checkpoints" / "last" / "state.pt")["step"] == 2
+    monkeypatch.undo()
+    train(experiment(tmp_path / "a", checkpoint_every=2, resume=True))
+    assert [row["step"] for row in steps(tmp_path / "a")] == [1, 2, 3, 4, 5, 6]
