@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import load_state_dict_from_hf
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from segvit.contracts import UserError
@@ -98,11 +99,11 @@ def load_weights(trunk: nn.Module, weights: str) -> None:
     trunk.load_state_dict(used, strict=False)
 
 
-def _load_npz(trunk: Any, path: Path) -> None:
+def _load_npz(trunk: nn.Module, path: Path) -> None:
     """AugReg's JAX archive through timm's reader, except for positions, which timm resizes bilinearly."""
     if not path.is_file():
         raise UserError(f"{path}: no such weights file")
-    if not hasattr(trunk, "load_pretrained"):
+    if not isinstance(trunk, VisionTransformer):
         raise UserError(f"{path}: .npz weights fit vit_ names only, not {type(trunk).__name__}; give another file")
     try:
         with path.open("rb") as file, np.load(file) as archive:

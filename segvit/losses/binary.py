@@ -52,7 +52,7 @@ class _FocalAndDice(torch.autograd.Function):
         right = 1 - wrong
         # d(q^g softplus(s)) / ds = q^g (g (1 - q) softplus(s) + q), and ds / dlogit is -1 inside, 1 outside.
         gradient = (gamma * entropy).mul_(right).add_(wrong).mul_(wrong.pow(gamma))
-        scale = grad_focal / targets[0].numel()
+        scale = grad_focal / (targets.shape[1] * targets.shape[2])  # there may be no mask at all
         gradient.mul_(torch.where(targets, (-alpha * scale)[:, None, None], ((1 - alpha) * scale)[:, None, None]))
         # d dice / dp = ((2 overlap + smooth) / total - 2 t) / total, and dp / dlogit = q (1 - q).
         outside = (2 * overlap + smooth) / total**2 * grad_dice

@@ -28,9 +28,10 @@ def pair(count: int, height: int, width: int, seed: int) -> tuple[Tensor, Tensor
     sizes, sizes, sizes, st.integers(0, 99), st.sampled_from([0.0, 0.25, 0.5, 1.0]),
     st.sampled_from([0.0, 1.0, 2.0, 3.5]), st.sampled_from([0.5, 1.0, 10.0]),
 )  # fmt: skip
-def test_focal_and_dice(count: int, height: int, width: int, seed: int, *options: float) -> None:
+def test_focal_and_dice(
+    count: int, height: int, width: int, seed: int, alpha: float, gamma: float, smooth: float
+) -> None:
     """Values and gradients against the formulas through plain autograd."""
-    alpha, gamma, smooth = options
     logits, targets = pair(count, height, width, seed)
     ours, plain = logits.clone().requires_grad_(), logits.clone().requires_grad_()
     focal, dice = focal_and_dice(ours, targets, alpha=alpha, gamma=gamma, smooth=smooth)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from segvit.contracts import Dense, UserError
 from segvit.nn.attention import Attention
+from segvit.nn.tokens import Step
 from segvit.systems import segvit
 from segvit.systems.segvit import convert, criterion, normalisers, scores
 from segvit.zoo import load_state
@@ -60,6 +61,19 @@ def test_shrunk_tokens(seeded: torch.Generator) -> None:
     features = shrunk().shrunk_features(torch.randn(1, 3, 24, 56))
     assert [m.shape[-2:] for m in features.maps] == [(3, 7), (2, 4)]
     assert (features.grid, features.strides) == ((3, 7), [8, 12])
+
+
+@pytest.mark.parametrize("gap", ["0", "1", "2", "3"])
+@torch.no_grad()
+def test_every_gap_acts_in_shrunk_too(gap: str, seeded: torch.Generator) -> None:
+    class Double(nn.Module):
+        def forward(self, step: Step) -> Step:
+            return step._replace(tokens=2 * step.tokens)
+
+    model, images = shrunk(), torch.randn(1, 3, 32, 32)
+    before = model.shrunk_features(images).maps[-1]
+    model.backbone.gaps[gap] = Double()
+    assert not torch.allclose(model.shrunk_features(images).maps[-1], before, atol=1e-3)
 
 
 @pytest.mark.parametrize("make", [plain, shrunk])

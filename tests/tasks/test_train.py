@@ -172,9 +172,10 @@ def test_resume_without_a_checkpoint_starts_over(tmp_path, monkeypatch):
     def killed(self, *, best):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patched:
         patched.setattr(dense.Run, "save", killed)
-        train(experiment(tmp_path / "a", checkpoint_every=3))
+        with pytest.raises(KeyboardInterrupt):
+            train(experiment(tmp_path / "a", checkpoint_every=3))
     assert [row["step"] for row in steps(tmp_path / "a")] == [1, 2, 3]
     train(experiment(tmp_path / "a", resume=True, checkpoint_every=3))
     assert [row["step"] for row in steps(tmp_path / "a")] == [1, 2, 3, 4, 5, 6]
@@ -221,9 +222,10 @@ def test_an_averaged_run_resumes_exactly(tmp_path):
             raise KeyboardInterrupt
 
     after = dense.Run.after
-    with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patched:
         patched.setattr(dense.Run, "after", lambda run, step: (stop(step), after(run, step)))
-        train(experiment(tmp_path / "b", **settings))
+        with pytest.raises(KeyboardInterrupt):
+            train(experiment(tmp_path / "b", **settings))
     torch.rand(3)  # the state of this process must not matter
     train(experiment(tmp_path / "b", **settings, resume=True))
     assert steps(tmp_path / "b") == steps(tmp_path / "a")
