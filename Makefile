@@ -7,6 +7,8 @@ WORKERS ?= 2
 CODE := segvit tests examples benchmarks
 
 .DEFAULT_GOAL := help
+# Without compiled files every start of Python would compile torch and timm anew.
+unexport PYTHONDONTWRITEBYTECODE
 .PHONY: help install demo test test-slow check format golden bench clean
 
 help: ## this list

@@ -90,9 +90,14 @@ class InputSpec:
 
     def __post_init__(self) -> None:
         if self.scale and self.exact:
-            raise ValueError(f"scale {self.scale} and exact {self.exact} exclude each other; set one of them")
+            raise UserError(f"scale {self.scale} and exact {self.exact} exclude each other; set one of them")
         if (self.window is None) != (self.stride is None):
-            raise ValueError("window and stride go together; set both for sliding windows or neither")
+            raise UserError("window and stride go together; set both for sliding windows or neither")
+        pairs = zip(self.window or (), self.stride or (), strict=True)
+        if not all(1 <= stride <= window for window, stride in pairs):  # a gap would have no scores at all
+            raise UserError(
+                f"stride {self.stride} must lie between 1 and the window {self.window}, or windows leave gaps"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """The content of `preprocessor_config.json`, in the hub's keys where they exist."""

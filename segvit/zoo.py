@@ -9,8 +9,9 @@ import difflib
 import inspect
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError
@@ -82,7 +83,20 @@ def build_network(name: str, **options: Any) -> nn.Module:
         if option not in accepted:
             near = difflib.get_close_matches(option, accepted, n=3, cutoff=0.4) or sorted(accepted)
             raise UserError(f"{name} has no option {option!r}; did you mean {', '.join(near)}?")
+    choices = {
+        option: get_args(hint)
+        for option, hint in get_type_hints(_function(build)).items()
+        if get_origin(hint) is Literal
+    }
+    for option in options.keys() & choices.keys():
+        if options[option] not in choices[option]:
+            raise UserError(f"{option} is {options[option]!r}; choose from {', '.join(map(str, choices[option]))}")
     return build(**options)
+
+
+def _function(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """The builder behind a named variant."""
+    return build.func if isinstance(build, partial) else build
 
 
 def create_model(
@@ -97,13 +111,15 @@ def create_model(
     if classes is None:
         if num_classes is None:
             raise UserError(f"{name} needs num_classes or classes")
+        if num_classes < 1:
+            raise UserError(f"num_classes must be 1 or more, got {num_classes}")
         classes = numbered_classes(num_classes)
     elif num_classes not in (None, len(classes)):
         raise UserError(f"num_classes is {num_classes} but the class table has {len(classes)} entries; leave one out")
     network = build_network(name, num_classes=len(classes), **options)
     model = cast("Model", network)
     # What the options were built from is not needed to build them again: weights come with the model.
-    kept = {key: value for key, value in options.items() if key != "weights"}
+    kept = json.loads(json.dumps({key: value for key, value in options.items() if key != "weights"}))
     model.config = ModelConfig(name=name, options=kept, classes=classes)
     model.classes, model.readout = classes, find_system(name).readout
     model.spec = spec or InputSpec(mean=cast(Any, network).backbone.mean, std=cast(Any, network).backbone.std)

@@ -7,8 +7,8 @@ import stat
 
 import pytest
 
+from segvit import files
 from segvit.contracts import UserError
-from segvit.data import files
 
 
 def names(folder):

@@ -37,7 +37,8 @@ class PlainViT(nn.Module):
     """A timm ViT without its classifier: image -> Features with one map for each of `out_indices`.
 
     `prefix_tokens="drop"` removes class and register tokens after the position embedding, before the first block, as
-    mmseg does for SegViT: they keep their (zero) gradient. `final_norm` applies the last LayerNorm to the last map.
+    mmseg does for SegViT: they keep their (zero) gradient. `final_norm` applies the last LayerNorm to the last map
+    (which should then be that of the last block).
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class PlainViT(nn.Module):
         super().__init__()
         depth = len(trunk.blocks)
         self.out_indices = tuple(index % depth if -depth <= index < depth else depth for index in out_indices)
-        if depth in self.out_indices or list(self.out_indices) != sorted(set(self.out_indices)):
+        if not self.out_indices or depth in self.out_indices or list(self.out_indices) != sorted(set(self.out_indices)):
             raise UserError(f"out_indices {list(out_indices)} must rise and lie below the depth, {depth}")
         self.dim: int = trunk.embed_dim
         self.patch: Size = tuple(trunk.patch_embed.patch_size)
@@ -266,10 +267,10 @@ def plain_vit(
 ) -> PlainViT:
     """Any plain ViT of timm by name, e.g. `vit_base_patch16_384` or `vit_base_patch14_reg4_dinov2`.
 
-    `image_size` sets the grid of the position embedding; other sizes work at any time. `weights` is a hub name
-    (`timm` tag such as `vit_base_patch16_384.augreg_in21k_ft_in1k`, or `org/repo`), a local .safetensors, .pth or .npz
-    file, or None. `attention_drop_path=False` applies stochastic depth to the MLP branch only. `patch_size`, `depth`
-    and `embed_dim` (64 a head) change the named architecture, for training from nothing.
+    `image_size` sets the grid of the position embedding (whole patches in it); other sizes work at any time. `weights`
+    is a hub name (`timm` tag such as `vit_base_patch16_384.augreg_in21k_ft_in1k`, or `org/repo`), a local .safetensors,
+    .pth or .npz file, or None. `attention_drop_path=False` applies stochastic depth to the MLP branch only. `patch_size`,
+    `depth` and `embed_dim` (64 a head) change the named architecture, for training from nothing.
 
     Raises UserError for a name that timm lacks or that is not a plain ViT, and for weights that cannot be had.
     """
@@ -287,16 +288,13 @@ def plain_vit(
         for module in trunk.modules():
             if isinstance(module, nn.LayerNorm):
                 module.eps = norm_eps
+    vit = PlainViT(
+        trunk, out_indices=out_indices, prefix_tokens=prefix_tokens, final_norm=final_norm,
+        position_mode=position_mode, checkpointing=checkpointing,
+    )  # fmt: skip
     if weights is not None:
-        load_weights(trunk, weights)
-    return PlainViT(
-        trunk,
-        out_indices=out_indices,
-        prefix_tokens=prefix_tokens,
-        final_norm=final_norm,
-        position_mode=position_mode,
-        checkpointing=checkpointing,
-    )
+        load_weights(trunk, weights, needed=list(vit.parameters()))
+    return vit
 
 
 def _timm_trunk(

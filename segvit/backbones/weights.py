@@ -12,7 +12,7 @@ import pickle
 import re
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,8 @@ def read_state(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path}: refused, the file holds pickled code, not only tensors; save its state dict as .safetensors first"
+            f"{path}: refused, the file holds more than tensors (pickled code, or it is damaged); "
+            "save its state dict as .safetensors first"
         ) from error
     except (SafetensorError, RuntimeError, EOFError, zipfile.BadZipFile, OSError) as error:
         raise UserError(f"{path}: cannot be read as weights, damaged or cut short ({error}); copy it again") from error
@@ -68,8 +69,8 @@ def unwrap(state: dict[str, Any]) -> dict[str, Tensor]:
     return tensors
 
 
-def load_weights(trunk: nn.Module, weights: str) -> None:
-    """Load pretrained weights into a timm ViT, in place.
+def load_weights(trunk: nn.Module, weights: str, *, needed: Collection[nn.Parameter]) -> None:
+    """Load pretrained weights into a timm ViT, in place; `needed` are the parameters that must be found.
 
     Raises UserError when the file or hub name cannot be had or does not fit the architecture.
     """
@@ -87,7 +88,8 @@ def load_weights(trunk: nn.Module, weights: str) -> None:
         ) from error
     own = trunk.state_dict()
     used = {key: value for key, value in fitted.items() if not re.search(UNUSED, key) or key in own}
-    missing = [key for key in own if key not in used and not re.search(UNUSED, key)]
+    must = {id(parameter) for parameter in needed}
+    missing = [key for key, value in trunk.named_parameters() if key not in used and id(value) in must]
     unknown = [key for key in used if key not in own]
     wrong = [key for key in used if key in own and used[key].shape != own[key].shape]
     if missing or unknown or wrong:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def focal_and_dice(
@@ -34,7 +35,7 @@ class _FocalAndDice(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         against = torch.where(targets, -logits, logits)
         wrong, entropy = against.sigmoid(), F.softplus(against)
-        weight = torch.where(targets, alpha, 1 - alpha).to(logits.dtype)
+        weight = torch.where(targets, logits.new_tensor(alpha), logits.new_tensor(1 - alpha))
         focal = (wrong.pow(gamma).mul_(entropy).mul_(weight)).mean(dim=(1, 2))
         inside = targets.sum(dim=(1, 2)).to(logits.dtype)
         missed = torch.where(targets, wrong, 0).sum(dim=(1, 2))  # sum of 1 - p inside
@@ -46,6 +47,7 @@ class _FocalAndDice(torch.autograd.Function):
         return focal, dice
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_focal: Tensor, grad_dice: Tensor) -> tuple[Tensor, None, None, None, None]:
         wrong, entropy, targets, overlap, total = ctx.saved_tensors
         alpha, gamma, smooth = ctx.options

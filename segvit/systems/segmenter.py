@@ -12,7 +12,6 @@ Shapes    B images, K classes, h w token grid, N = h * w tokens, D encoder, C de
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Literal
 
@@ -116,11 +115,10 @@ def segmenter(
     patch_size: int | None = None,
     depth: int | None = None,
     embed_dim: int | None = None,
-    out_indices: Sequence[int] = (-1,),
 ) -> Segmenter:
     """Segmenter on any plain ViT of timm; the named variants fix `backbone` (and `decoder`)."""
     vit = plain_vit(
-        backbone, image_size=image_size, out_indices=out_indices, weights=weights, prefix_tokens="keep",
+        backbone, image_size=image_size, out_indices=(-1,), weights=weights, prefix_tokens="keep",
         final_norm=True, position_mode="bilinear", drop_path=drop_path, norm_eps=1e-5, checkpointing=checkpointing,
         patch_size=patch_size, depth=depth, embed_dim=embed_dim,
     )  # fmt: skip

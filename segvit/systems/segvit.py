@@ -82,6 +82,8 @@ class Stage(nn.Module):
 
     def __init__(self, in_dim: int | None, dim: int, *, layers: int, heads: int, dropout: float, masks: bool) -> None:
         super().__init__()
+        if dim % heads:
+            raise UserError(f"the decoder's dim {dim} must be a multiple of its heads {heads}; set dim or heads")
         self.proj = nn.Linear(in_dim, dim) if in_dim else nn.Identity()
         self.proj_norm = nn.LayerNorm(dim) if in_dim else nn.Identity()
         cross = AttentionToMask if masks else Attention
@@ -342,7 +344,7 @@ def segvit(
         checkpointing=checkpointing, patch_size=patch_size, depth=depth, embed_dim=embed_dim,
     )  # fmt: skip
     head = ATMHead(
-        vit.dim, dim or vit.dim // 2, num_classes=num_classes, heads=heads or vit.dim // 64, layers=layers,
+        vit.dim, dim or vit.dim // 2, num_classes=num_classes, heads=heads or max(1, vit.dim // 64), layers=layers,
         stages=len(vit.out_indices), dropout=dropout,
     )  # fmt: skip
     return SegViT(vit, head, fixed_masks=as_size(image_size) if fixed_masks else None)
@@ -373,7 +375,8 @@ def segvit_shrunk(
     """Shrunk SegViT on any plain ViT of timm: tokens are quartered at block `shrink_at` (0-based).
 
     The learned full-resolution queries follow `image_size`; for other inputs they are resized to the input's token
-    grid, unless `fixed_queries`. Other keywords as in `segvit`.
+    grid, unless `fixed_queries`. `fixed_masks` stretches scores from a canvas of `image_size`. Other keywords as in
+    `segvit`.
     """
     vit = plain_vit(
         backbone, image_size=image_size, out_indices=out_indices, weights=weights, prefix_tokens=prefix_tokens,
@@ -383,7 +386,7 @@ def segvit_shrunk(
     if not 0 <= shrink_at <= vit.out_indices[-1]:
         raise UserError(f"shrink_at {shrink_at} must be a block up to the last output, 0..{vit.out_indices[-1]}")
     head = ShrunkHead(
-        vit.dim, dim or vit.dim // 2, num_classes=num_classes, heads=heads or vit.dim // 64, layers=layers,
+        vit.dim, dim or vit.dim // 2, num_classes=num_classes, heads=heads or max(1, vit.dim // 64), layers=layers,
         stages=len(vit.out_indices), grid=vit.pretrained_grid, dropout=dropout, fixed_queries=fixed_queries,
     )  # fmt: skip
     canvas = as_size(image_size) if fixed_masks else None

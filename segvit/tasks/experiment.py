@@ -101,6 +101,11 @@ class Experiment:
                      "accumulate": self.accumulate, "checkpoint_every": self.checkpoint_every}[name]  # fmt: skip
             if value is not None and value <= 0:
                 raise UserError(f"{name} must be positive, got {value}")
+        for name, value in (("workers", self.workers), ("val_every", self.val_every), ("seed", self.seed)):
+            if value < 0:
+                raise UserError(f"{name} must not be negative, got {value}")
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise UserError(f"ema must be in [0, 1), such as 0.999, got {self.ema}")
         if self.batch_size % self.accumulate:
             raise UserError(f"batch_size {self.batch_size} must be a multiple of accumulate {self.accumulate}")
         if self.resume and self.overwrite:

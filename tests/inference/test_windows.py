@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from segvit.contracts import InputSpec, UserError
 from segvit.inference.windows import WindowedScores, place_windows
 from tests.inference.fake import FakeRuntime
 
@@ -57,6 +58,12 @@ def test_windows_cover_everything_and_have_one_size(size, pair):
             assert (box.bottom - box.top, box.right - box.left) == (min(window[0], size[0]), min(window[1], size[1]))
             seen[box.top : box.bottom, box.left : box.right] = True
     assert seen.all()
+
+
+@pytest.mark.parametrize("stride", [(0, 8), (16, 17)])
+def test_a_stride_that_leaves_gaps_or_never_moves_is_refused(stride):
+    with pytest.raises(UserError, match="must lie between 1 and the window"):
+        InputSpec(window=(16, 16), stride=stride)
 
 
 def in_bands(view, size, height):

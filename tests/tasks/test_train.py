@@ -18,7 +18,7 @@ from segvit.engine.settings import Optim
 from segvit.engine.state import read_state
 from segvit.tasks import dense
 from segvit.tasks.dense import build_model, train
-from segvit.tasks.experiment import Experiment
+from segvit.tasks.experiment import Experiment, Input
 from segvit.zoo import create_model, load_model
 from tests.tasks.tiny import DATA, OPTIONS, experiment, history, steps
 
@@ -307,6 +307,8 @@ def test_validation_with_nothing_but_ignored_pixels_still_leaves_a_model(tmp_pat
         ({"loss": {"dise_weight": 1.0}}, "has no loss option 'dise_weight'; it has class_weight, mask_weight, dice_"),
         ({"data": "synthetic:circles"}, "no such generated dataset; there is synthetic:shapes"),
         ({"data": "nowhere"}, "nowhere: no such file"),
+        ({"input": Input(window=(16, 16))}, "window and stride go together"),
+        ({"input": Input(window=(16, 16), stride=(16, 20))}, "must lie between 1 and the window"),
         ({"device": "cuda"}, "torch sees no GPU"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -326,6 +328,8 @@ def test_mistakes_are_named_before_anything_is_written(changes, message, tmp_pat
         ({"epochs": 2.0}, "give steps or epochs, exactly one; got steps=6, epochs=2.0"),
         ({"steps": None}, "give steps or epochs, exactly one; got steps=None, epochs=None"),
         ({"steps": 0}, "steps must be positive, got 0"),
+        ({"workers": -1}, "workers must not be negative, got -1"),
+        ({"ema": 2.0}, r"ema must be in \[0, 1\), such as 0.999, got 2.0"),
         ({"resume": True, "overwrite": True}, "resume and overwrite exclude each other"),
     ],
 )
