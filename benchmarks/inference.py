@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from segvit.contracts import Dense, InputSpec
+from segvit.contracts import Dense, InputSpec, Readout
 from segvit.inference.predictor import Predictor
 from segvit.nn.flops import count_gflops
 from segvit.zoo import create_model
@@ -56,9 +56,7 @@ def resident(key: str) -> int:
     return int(next(line for line in lines if line.startswith(key)).split()[1])
 
 
-
-
-def plain_readout(readout: Callable[[Dense, tuple[int, int], range], torch.Tensor], out: Dense, side: int) -> torch.Tensor:
+def plain_readout(readout: Readout, out: Dense, side: int) -> torch.Tensor:
     """All scores at once, then the arg max."""
     return readout(out, (side, side), range(side))[0].argmax(0)
 

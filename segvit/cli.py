@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 Precision = Literal["fp32", "bf16", "fp16"]
+Device = Literal["cpu", "cuda"]
 
 
 def train(**options: Any) -> None:
@@ -36,7 +37,7 @@ def train(**options: Any) -> None:
 
 def val(
     run: str, *, data: str | None = None, split: str = "val", scales: tuple[float, ...] = (1.0,), flip: bool = False,
-    precision: Precision = "fp32", device: str | None = None, workers: int = 2, json: bool = False,
+    precision: Precision = "fp32", device: Device | None = None, workers: int = 2, json: bool = False,
 ) -> None:  # fmt: skip
     """Evaluate a model at the original resolution.
 
@@ -62,7 +63,7 @@ def val(
 def predict(
     source: str, *, model: str, out: str | None = None, overlay: bool = False, scores: bool = False,
     areas: bool = False, scales: tuple[float, ...] = (1.0,), flip: bool = False, precision: Precision = "fp32",
-    device: str | None = None, json: bool = False,
+    device: Device | None = None, json: bool = False,
 ) -> None:  # fmt: skip
     """Segment an image, a folder of images or a glob pattern; writes palette PNGs that hold class ids.
 
@@ -84,8 +85,11 @@ def predict(
 
     extra = {"overlay": overlay, "scores": scores, "areas": areas}
     views = Views(scales=tuple(scales), flip=flip)
-    written = predict_files(source, model, out, extra, views=views, precision=precision, device=device)
-    _print(written, json, "\n".join(item["labels"] for item in written))
+    result = predict_files(source, model, out, extra, views=views, precision=precision, device=device)
+    if result.written:
+        _print(result.written, json, "\n".join(item["labels"] for item in result.written))
+    if result.failed:
+        raise UserError(f"{len(result.failed)} images were left out: {'; '.join(result.failed[:3])}")
 
 
 def models_list(*, json: bool = False) -> None:
@@ -190,6 +194,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(2)
     except BrokenPipeError:  # `segvit ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # a path that cannot be read or written; the message names it
+        if debug:
+            raise
+        print(f"segvit: {error.strerror or error}: {error.filename or 'see --debug'}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -286,6 +295,9 @@ def _with_values(arguments: list[str], function: Callable[..., None]) -> list[st
         following = arguments[place + 1].lower() if place + 1 < len(arguments) else ""
         bare = option[2:] in flags and not equals and following not in ("true", "false")
         result.append(f"{option}=true" if bare else option + equals + value)
+    if "--config" in result[:-1]:  # first, so that options override the recipe wherever they stand
+        place = result.index("--config")
+        result = [*result[place : place + 2], *result[:place], *result[place + 2 :]]
     return result
 
 

@@ -24,4 +24,5 @@ def test_the_demo_leaves_overlays_and_a_report_and_ends_with_its_miou(
     overlays = list((tmp_path / "demo" / "predictions").glob("*_overlay.png"))
     assert len(overlays) == 8
     report = (tmp_path / "demo" / "report" / "index.html").read_text(encoding="utf-8")
-    assert "<svg" in report and "http://" not in report.replace("http://www.w3.org/2000/svg", "")
+    assert "<svg" in report
+    assert "http://" not in report.replace("http://www.w3.org/2000/svg", "")

@@ -269,8 +269,8 @@ def plain_vit(
 
     `image_size` sets the grid of the position embedding (whole patches in it); other sizes work at any time. `weights`
     is a hub name (`timm` tag such as `vit_base_patch16_384.augreg_in21k_ft_in1k`, or `org/repo`), a local .safetensors,
-    .pth or .npz file, or None. `attention_drop_path=False` applies stochastic depth to the MLP branch only. `patch_size`,
-    `depth` and `embed_dim` (64 a head) change the named architecture, for training from nothing.
+    .pth or .npz file, or None. `attention_drop_path=False` applies stochastic depth to the MLP branch only.
+    `patch_size`, `depth` and `embed_dim` (64 a head) change the named architecture, for training from nothing.
 
     Raises UserError for a name that timm lacks or that is not a plain ViT, and for weights that cannot be had.
     """

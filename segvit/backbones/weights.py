@@ -69,8 +69,10 @@ def unwrap(state: dict[str, Any]) -> dict[str, Tensor]:
     return tensors
 
 
-def load_weights(trunk: nn.Module, weights: str, *, needed: Collection[nn.Parameter]) -> None:
-    """Load pretrained weights into a timm ViT, in place; `needed` are the parameters that must be found.
+def load_weights(trunk: nn.Module, weights: str, *, needed: Collection[nn.Parameter] = ()) -> None:
+    """Load pretrained weights into a timm ViT, in place.
+
+    All must be found but what no token map passes through; `needed` are parameters that must be found in any case.
 
     Raises UserError when the file or hub name cannot be had or does not fit the architecture.
     """
@@ -89,7 +91,10 @@ def load_weights(trunk: nn.Module, weights: str, *, needed: Collection[nn.Parame
     own = trunk.state_dict()
     used = {key: value for key, value in fitted.items() if not re.search(UNUSED, key) or key in own}
     must = {id(parameter) for parameter in needed}
-    missing = [key for key, value in trunk.named_parameters() if key not in used and id(value) in must]
+    missing = [
+        key for key, value in trunk.named_parameters()
+        if key not in used and (id(value) in must or not re.search(UNUSED, key))
+    ]  # fmt: skip
     unknown = [key for key in used if key not in own]
     wrong = [key for key in used if key in own and used[key].shape != own[key].shape]
     if missing or unknown or wrong:

@@ -59,11 +59,15 @@ class LabelRule:
 
 def read_image(source: Source) -> NDArray[np.uint8]:
     """The image in a file as (H, W, 3) red green blue, turned upright by its EXIF tag."""
-    picture = _open(source, upright=True)
+    return to_rgb(_open(source, upright=True), _name(source))
+
+
+def to_rgb(picture: Image.Image, name: str) -> NDArray[np.uint8]:
+    """A picture of any kind as (H, W, 3) red green blue; 16 bits become 8."""
     if picture.mode.startswith("I"):
-        return np.repeat(_eight_bits(picture, source)[..., None], 3, axis=2)
+        return np.repeat(_eight_bits(picture, name)[..., None], 3, axis=2)
     if picture.mode == "F":
-        raise UserError(f"{_name(source)}: pixels are floating point numbers; save the image with 8 or 16 bits")
+        raise UserError(f"{name}: pixels are floating point numbers; save the image with 8 or 16 bits")
     if picture.mode == "P" and "transparency" in picture.info:
         picture = picture.convert("RGBA")  # Pillow warns when a transparent palette goes to RGB directly
     return np.array(picture.convert("RGB"))
@@ -118,10 +122,10 @@ def _open(source: Source, *, upright: bool) -> Image.Image:
         ) from None
 
 
-def _eight_bits(picture: Image.Image, source: Source) -> NDArray[np.uint8]:
+def _eight_bits(picture: Image.Image, name: str) -> NDArray[np.uint8]:
     values = np.array(picture).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
-        raise UserError(f"{_name(source)}: pixels span {values.min()}..{values.max()}; save the image with 16 bits")
+        raise UserError(f"{name}: pixels span {values.min()}..{values.max()}; save the image with 16 bits")
     return ((values + 128) // 257).astype(np.uint8)  # 65535 = 255 * 257
 
 

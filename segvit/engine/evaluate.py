@@ -33,6 +33,13 @@ def evaluate(
             f"the model has {len(predictor.run.classes)} classes and the data {len(classes)}; evaluate on data with "
             "the model's class table, or train with --init to change the classes"
         )
+    names = predictor.run.classes.names
+    if names != classes.names and not names[0].startswith("class_"):  # converted checkpoints may have no names
+        first = next(i for i in range(len(names)) if names[i] != classes.names[i])
+        raise UserError(
+            f"class {first} is {names[first]!r} in the model and {classes.names[first]!r} in the data; evaluate on "
+            "data with the model's class table, or train with --init to change the classes"
+        )
     order = range(dataset.count(split)) if indices is None else indices
     if not dataset.count(split):
         raise UserError(f"the {split} split holds no images; name another with --split or add some")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import platform
 import shutil
 import sys
@@ -71,6 +72,8 @@ def claim(folder: Path, config: dict[str, Any]) -> None:
             shutil.rmtree(folder / name, ignore_errors=True)
         for name in ("metrics.jsonl", "train.log", "val.json"):
             (folder / name).unlink(missing_ok=True)
+    for leftover in folder.rglob(".*.tmp"):  # of a process that was killed while it wrote
+        leftover.unlink(missing_ok=True)
     # How this process was started is no part of the run: kept, it would stand against the next --resume.
     write_text(stored, yaml.safe_dump(plain(config) | {"resume": False, "overwrite": False}, sort_keys=False))
 
@@ -132,7 +135,7 @@ class RunLog:
         """One line of metrics.jsonl, flushed; the console shows it when it is time."""
         if not self.main:
             return
-        self.metrics.write(json.dumps(row) + "\n")
+        self.metrics.write(json.dumps(finite(row), allow_nan=False) + "\n")
         self.metrics.flush()
         if "val" in row:
             self.miou = row["val"]["miou"]
@@ -160,6 +163,13 @@ class RunLog:
             self.bar.stop()
             self.metrics.close()
             self.text.close()
+
+
+def finite(value: Any) -> Any:
+    """The same row with None for NaN and infinity, which JSON does not know."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:

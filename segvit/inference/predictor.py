@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from segvit.contracts import Classes, Dense, InputSpec, Readout, Runtime, Size, UserError
-from segvit.data.decode import read_image
+from segvit.data.decode import read_image, to_rgb
 from segvit.data.prepare import prepare
 from segvit.inference.prediction import Prediction
 from segvit.inference.windows import WindowedScores
@@ -149,7 +149,7 @@ def as_image(source: str | Path | Image.Image | NDArray[Any] | Tensor) -> tuple[
     if isinstance(source, str | Path):
         return read_image(Path(source)), str(source)
     if isinstance(source, Image.Image):
-        return np.asarray(source.convert("RGB")), ""
+        return to_rgb(ImageOps.exif_transpose(source), "the picture"), ""
     array = (
         source.permute(1, 2, 0).cpu().numpy() if isinstance(source, Tensor) and source.ndim == 3 else np.asarray(source)
     )

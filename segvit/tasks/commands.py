@@ -47,8 +47,8 @@ def evaluate_run(
     run: str, data: str | None, split: str, *, views: Views, precision: Precision, device: str | None, workers: int
 ) -> Evaluated:
     """Evaluate a run on a dataset, by default its own."""
-    source = data or _trained_on(run)
     segment = predictor(run, views=views, precision=precision, device=device)
+    source = data or _trained_on(run)
     dataset = open_dataset(source)
     metrics = evaluate(segment, dataset, split, workers=workers).confusion.metrics()
     words = protocol(segment.run.spec)
@@ -79,36 +79,65 @@ def _trained_on(run: str) -> str:
     return str(yaml.safe_load(config.read_text(encoding="utf-8"))["data"])
 
 
+@dataclass(frozen=True)
+class Predicted:
+    """What `segvit predict` wrote, and what it could not read."""
+
+    written: list[dict[str, str]]
+    failed: list[str]
+
+
 def predict_files(
     source: str, model: str, out: str | None, extra: dict[str, bool], *, views: Views, precision: Precision,
     device: str | None,
-) -> list[dict[str, str]]:  # fmt: skip
-    """Segment files one by one and write the results; returns the paths written for each."""
+) -> Predicted:  # fmt: skip
+    """Segment files one by one and write the results; a file that cannot be read does not stop the others."""
     images = find_images(source)
     folder = Path(out) if out else default_folder(model)
     targets = {image: folder / name.with_suffix(".png") for image, name in images.items()}
-    clash = [image for image, target in targets.items() if target.resolve() in {path.resolve() for path in images}]
-    if clash:
-        raise UserError(f"{targets[clash[0]]} would replace an input image; choose another --out")
     if len(set(targets.values())) < len(targets):  # a.jpg and a.png
         targets = {image: folder / name.parent / f"{name.name}.png" for image, name in images.items()}
+    names = {image: output_names(target, extra) for image, target in targets.items()}
+    check_names(list(images), [path for paths in names.values() for path in paths.values()])
     segment = predictor(model, views=views, precision=precision, device=device)
-    written = []
-    for image, target in targets.items():
-        result = segment(image, scores=extra["scores"])
-        paths = {"image": str(image), "labels": str(target)}
-        result.save(target)
+    written, failed = [], []
+    for image, paths in names.items():
+        try:
+            result = segment(image, scores=extra["scores"])
+        except UserError as error:
+            failed.append(str(error))
+            continue
+        result.save(paths["labels"])
         if extra["overlay"]:
-            paths["overlay"] = str(target.with_name(f"{target.stem}_overlay.png"))
-            save_overlay(result, Path(paths["overlay"]))
+            save_overlay(result, paths["overlay"])
         if extra["scores"]:
-            paths["scores"] = str(target.with_name(f"{target.stem}_scores.npz"))
             result.save_scores(paths["scores"])
         if extra["areas"]:
-            paths["areas"] = str(target.with_suffix(".json"))
             write_json(paths["areas"], result.areas())
-        written.append(paths)
-    return written
+        written.append({"image": str(image)} | {kind: str(path) for kind, path in paths.items()})
+    return Predicted(written, failed)
+
+
+def output_names(labels: Path, extra: dict[str, bool]) -> dict[str, Path]:
+    """The files of one image: the label map, and beside it what was asked for."""
+    others = {
+        "overlay": labels.with_name(f"{labels.stem}_overlay.png"),
+        "scores": labels.with_name(f"{labels.stem}_scores.npz"),
+        "areas": labels.with_suffix(".json"),
+    }
+    return {"labels": labels} | {kind: path for kind, path in others.items() if extra[kind]}
+
+
+def check_names(images: list[Path], outputs: list[Path]) -> None:
+    """Raise UserError when an output would replace an input or another output."""
+    inputs = {path.resolve() for path in images}
+    seen: set[Path] = set()
+    for path in outputs:
+        if path.resolve() in inputs:
+            raise UserError(f"{path} would replace an input image; choose another --out")
+        if path in seen:
+            raise UserError(f"{path} would be written for two images; rename one, or segment them into two folders")
+        seen.add(path)
 
 
 def save_overlay(result: Prediction, path: Path) -> None:

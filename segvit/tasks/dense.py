@@ -53,6 +53,7 @@ def train(experiment: Experiment) -> Result:
     Raises UserError for anything the user can mend: data, names, sizes, weights, an existing run, a loss that is NaN.
     """
     folder = Path(experiment.out)
+    experiment = replace(experiment, data=located(experiment.data))
     accelerator = make_accelerator(experiment)
     dataset = open_dataset(experiment.data)
     if "train" not in dataset.splits or not dataset.count("train"):
@@ -227,6 +228,12 @@ class Run:
         highest = max(rate.lr for rate in self.rates)
         if self.experiment.optim.name == "adamw" and highest > LARGE_RATE:
             self.log.message(f"warning: a learning rate of {highest:g} is large for AdamW; transformers rarely bear it")
+
+
+def located(data: str) -> str:
+    """A data path as an absolute one, so that the run folder can be used from anywhere."""
+    path = Path(data).expanduser()
+    return str(path.resolve()) if path.exists() else data
 
 
 def make_accelerator(experiment: Experiment) -> Accelerator:

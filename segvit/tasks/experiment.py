@@ -106,6 +106,11 @@ class Experiment:
                 raise UserError(f"{name} must not be negative, got {value}")
         if self.ema is not None and not 0 <= self.ema < 1:
             raise UserError(f"ema must be in [0, 1), such as 0.999, got {self.ema}")
+        if min(self.augment.crop) < 1 or min(self.optim.lr, self.schedule.warmup) < 0:
+            raise UserError(
+                f"augment.crop must be positive and optim.lr and schedule.warmup not negative, got "
+                f"{self.augment.crop}, {self.optim.lr} and {self.schedule.warmup}"
+            )
         if self.batch_size % self.accumulate:
             raise UserError(f"batch_size {self.batch_size} must be a multiple of accumulate {self.accumulate}")
         if self.resume and self.overwrite:

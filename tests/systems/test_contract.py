@@ -33,7 +33,7 @@ def tiny(name: str, **options: Any) -> Any:
     if "shrunk" in name:
         options |= {"out_indices": [0, 2], "shrink_at": 1}
     elif name.startswith("segmenter"):
-        options |= {"out_indices": [2]}
+        del options["out_indices"]
     return create_model(name, classes=CLASSES, **options).eval()
 
 
