@@ -26,21 +26,19 @@ from segvit.nn.flops import count_gflops
 from segvit.zoo import create_model
 
 
-def timed(function: Callable[[], object], runs: int) -> float:
-    """Median seconds of `runs` calls after one that is not counted."""
-    function()
-    seconds = []
-    for _ in range(runs):
-        start = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+def timed(parts: dict[str, Callable[[], object]], runs: int) -> dict[str, float]:
+    """Median seconds of each part over `runs` rounds, after one that is not counted.
 
-
-def matrix_rate(runs: int) -> float:
-    """GFLOP/s (a multiply-add is two) of a large fp32 matrix product on this machine, now."""
-    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
-    return 2 * 2048**3 / timed(lambda: a @ b, runs) / 1e9
+    A round runs every part once, so that a machine whose speed drifts drifts for all of them.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in parts}
+    for number in range(runs + 1):
+        for name, function in parts.items():
+            start = time.perf_counter()
+            function()
+            if number:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def peak_memory(function: Callable[[], object]) -> float:
@@ -80,26 +78,33 @@ def measure(name: str, side: int, classes: int, runs: int) -> dict[str, float | 
             return out
 
     reader = Predictor(Ready())
+    left, right = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    seconds = timed(
+        {
+            "matrix": lambda: left @ right,
+            "backbone": lambda: model.backbone(pixels),
+            "network": lambda: model(pixels),
+            "whole": lambda: predictor.segment(image),
+            "readout": lambda: reader.segment(image),
+            "plain_readout": lambda: labels.update(plain=plain_readout(model.readout, out, side)),
+        },
+        runs,
+    )
     report: dict[str, float | str | int] = {
         "model": name, "side": side, "classes": classes, "threads": torch.get_num_threads(),
         "parameters_m": sum(p.numel() for p in model.parameters()) / 1e6,
         "gflops": count_gflops(model, (side, side)),
-        "matrix_gflop_per_s": matrix_rate(3),
-        "backbone_s": timed(lambda: model.backbone(pixels), runs),
-        "network_s": timed(lambda: model(pixels), runs),
-        "whole_s": timed(lambda: labels.update(ours=predictor.segment(image)[0]), runs),
-        "readout_s": timed(lambda: reader.segment(image), runs),
-        "plain_readout_s": timed(lambda: labels.update(plain=plain_readout(model.readout, out, side)), runs),
+        "matrix_gflop_per_s": 2 * 2048**3 / seconds["matrix"] / 1e9,  # a multiply-add is two, here
+        **{f"{part}_s": value for part, value in seconds.items() if part != "matrix"},
         "peak_mb": peak_memory(lambda: predictor.segment(image)),
-        "readout_peak_mb": peak_memory(lambda: reader.segment(image)),
         "plain_readout_peak_mb": peak_memory(lambda: plain_readout(model.readout, out, side)),
     }  # fmt: skip
     ready = reader.segment(image)[0]
     report["labels_equal"] = float((torch.from_numpy(ready) == labels["plain"]).float().mean())
-    report["decoder_s"] = float(report["network_s"]) - float(report["backbone_s"])
-    report["readout_share"] = float(report["readout_s"]) / float(report["whole_s"])
+    report["decoder_s"] = seconds["network"] - seconds["backbone"]
+    report["readout_share"] = seconds["readout"] / seconds["whole"]
     ideal = 2 * float(report["gflops"]) / float(report["matrix_gflop_per_s"])
-    report["of_matrix_rate"] = ideal / float(report["whole_s"])
+    report["share_of_matrix_rate"] = ideal / seconds["whole"]  # 1 = as fast as one large matrix product
     return report
 
 

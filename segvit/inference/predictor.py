@@ -26,7 +26,7 @@ from segvit.inference.windows import WindowedScores
 if TYPE_CHECKING:
     from segvit.contracts import Model
 
-BAND = 4_000_000  # scores held at once (classes x rows x columns): 16 MB, close to what a core's caches hold
+BAND = 2_000_000  # scores held at once (classes x rows x columns): 8 MB, close to what the caches hold
 Precision = Literal["fp32", "bf16", "fp16"]
 
 
@@ -141,7 +141,7 @@ def mean_softmax(bands: Iterator[Tensor], count: int) -> Tensor:
 
 def best_class(band: Tensor) -> Tensor:
     """The class of the highest score, the first one on ties: (K, R, W) -> (R, W) uint8, or int32 above 255 classes."""
-    return band.argmax(0).to(torch.uint8 if len(band) <= 255 else torch.int32)
+    return band.max(0).indices.to(torch.uint8 if len(band) <= 255 else torch.int32)
 
 
 def as_image(source: str | Path | Image.Image | NDArray[Any] | Tensor) -> tuple[NDArray[np.uint8], str]:
