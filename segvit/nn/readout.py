@@ -16,7 +16,8 @@ def bilinear_rows(maps: Tensor, size: Size, rows: range, *, height: int | None =
     """Rows of the bilinear resize (align_corners=False, no antialias) of (B, C, h, w) to `size`: (B, C, R, W).
 
     The rows equal those of a full resize up to rounding, whatever the band: rows are blended first, on the small map,
-    then columns by a matrix product, which is twice as fast as the library's kernel on a CPU. `maps` may be a part of the full map: rows `first` on of `height`.
+    then columns by a matrix product, which is twice as fast as the library's kernel on a CPU. `maps` may be a part of
+    the full map: rows `first` on of `height`.
     """
     height = maps.shape[-2] if height is None else height
     if height != size[0]:

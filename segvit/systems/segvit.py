@@ -258,8 +258,11 @@ def scores(out: Dense, size: Size, rows: range) -> Tensor:
     """Class scores (B, K, len(rows), W): masks resized to the band, then sigmoid, then mixed, as at full size."""
     if "canvas" in out.extras:
         return bilinear_rows(out.extras["canvas"], size, rows)
-    masks = bilinear_rows(out.extras["masks"], out.covers, rows)[..., : size[1]]
-    return semantic(out.extras["class_logits"], masks)
+    low = out.extras["masks"]
+    masks = bilinear_rows(low, out.covers, rows)[..., : size[1]]
+    fresh = low.shape[-1] != out.covers[1] and not masks.requires_grad  # otherwise a view, or needed by a gradient
+    probabilities = out.extras["class_logits"].softmax(-1)[..., :-1]
+    return mix_masks(probabilities, masks.sigmoid_() if fresh else masks.sigmoid())
 
 
 READOUT = Readout(scores, keeps=("class_logits", "masks", "canvas"))
