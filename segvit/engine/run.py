@@ -43,7 +43,7 @@ def locked(folder: Path) -> Iterator[None]:
         raise UserError(f"{folder} is a file or lies below one; choose another --out") from None
     with (folder / ".lock").open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: that outlives us in forked loader workers
         except OSError:
             raise UserError(
                 f"{folder} is being written by another process; wait for it or choose another --out"

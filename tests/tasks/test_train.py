@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -130,12 +132,27 @@ def test_overwrite_deletes_nothing_in_a_folder_that_is_no_run(tmp_path):
     assert (tmp_path / "model" / "mine.txt").read_text() == "precious"
 
 
+HOLD = """
+import sys
+from pathlib import Path
+from segvit.engine.run import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
 def test_a_run_that_is_being_written_is_refused(copy):
     before = content(copy, *FILES)
-    with locked(copy), pytest.raises(UserError, match="is being written by another process"):
-        train(experiment(copy, resume=True, val_every=3))
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(copy)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match="is being written by another process"):
+            train(experiment(copy, resume=True, val_every=3))
+        other.stdin.close()
     assert content(copy, *FILES) == before
-    with locked(copy):  # the refusal did not leave a lock
+    with locked(copy):  # neither the refusal nor the other process left a lock
         pass
 
 
