@@ -32,7 +32,7 @@ def load(module: nn.Module, state: dict[str, Tensor], prefix: str = "") -> nn.Mo
 def mmseg_vit(config: dict[str, Any]) -> PlainViT:
     """mmseg 0.24's VisionTransformer, as SegViT's configurations use it."""
     trunk = VisionTransformer(
-        img_size=tuple(config["img_size"]), patch_size=config["patch_size"], in_chans=config["in_channels"],
+        img_size=segvit.as_size(config["img_size"]), patch_size=config["patch_size"], in_chans=config["in_channels"],
         embed_dim=config["embed_dims"], depth=config["num_layers"], num_heads=config["num_heads"], num_classes=0,
         mlp_ratio=config.get("mlp_ratio", 4), qkv_bias=config.get("qkv_bias", True), final_norm=False,
     )  # fmt: skip
@@ -47,7 +47,7 @@ def mmseg_vit(config: dict[str, Any]) -> PlainViT:
 def segvit_model(config: dict[str, Any], weights: dict[str, Tensor], *, fixed: bool = True) -> nn.Module:
     """Official (Shrunk) SegViT from its mmseg configuration, with the official weights converted."""
     backbone, head = config["backbone"], config["decode_head"]
-    canvas = (head["img_size"], head["img_size"]) if isinstance(head["img_size"], int) else tuple(head["img_size"])
+    canvas = segvit.as_size(head["img_size"])
     vit = mmseg_vit(backbone)
     common: dict[str, Any] = {"num_classes": head["num_classes"], "heads": head["num_heads"], "dropout": 0.0}
     common["layers"] = head["num_layers"]
@@ -85,8 +85,9 @@ def atm_head(case: Case) -> dict[str, Tensor]:
     weights = {k if k.startswith("decode_head.") else f"decode_head.{k}": v for k, v in case.weights.items()}
     load(head, segvit.convert(weights), "head.")
     tokens = [case.inputs[f"tok{i}"] for i in range(len(case.inputs))][: config["use_stages"]]
-    maps = [segvit.square(t.mT[..., None]) for t in tokens]
-    canvas = (config["img_size"], config["img_size"])
+    # The official head takes the first of an odd number of tokens for a class token.
+    maps = [segvit.square(t[:, t.shape[1] % 2 :].mT[..., None]) for t in tokens]
+    canvas = segvit.as_size(config["img_size"])
     out = segvit.dense_output(head(maps), covers=canvas, size=canvas, fixed=canvas)
     return official_names(out, canvas) | {"pred": out.extras["canvas"]}
 
@@ -105,6 +106,8 @@ def atm_loss(case: Case) -> dict[str, Tensor]:
         mask_weight=scale * config["mask_weight"], dice_weight=scale * config["dice_weight"],
         no_object=config["eos_coef"], alpha=config["focal_alpha"], gamma=config["focal_gamma"],
     )  # fmt: skip
+    # Terms beyond the weight table, which ends at dec_layers - 2, are dropped.
+    losses = {k: v for k, v in losses.items() if not k[-1].isdigit() or int(k[-1]) < config["dec_layers"] - 1}
     total = torch.stack(list(losses.values())).sum()
     total.backward()
     gradients = {f"grad_{name}": value.grad for name, value in named.items() if value.grad is not None}
@@ -160,7 +163,7 @@ def _train(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
         loss = torch.stack(list(losses.values())).sum()
         optimizer.zero_grad()
         loss.backward()
-        norm = clip_gradients(model.parameters(), config["grad_clip"]["max_norm"])
+        norm = clip_gradients(model.parameters(), config["grad_clip"]["max_norm"] if config["grad_clip"] else None)
         if step == 0:
             outputs |= {f"grad0.{name}": p.grad.clone() for name, p in official if p.grad is not None}
         optimizer.step()
@@ -190,11 +193,12 @@ def mask_transformer(case: Case) -> dict[str, Tensor]:
     weights = {k if k.startswith("decoder.") else f"decoder.{k}": v for k, v in case.weights.items()}
     load(decoder, segmenter.convert(weights), "decoder.")
     tokens = case.inputs["tokens"]
-    height, width = (side // config["patch_size"] for side in config["image_hw"])
+    patch = config["patch_size"]
+    height, width = (-(-side // patch) for side in config["image_hw"])  # padded to whole patches
     with torch.no_grad():
         masks = decoder(tokens).unflatten(2, (height, width))
-    size = tuple(config["image_hw"])
-    return {"masks": masks, "logits_image_size": F.interpolate(masks, size=size, mode="bilinear", align_corners=False)}
+    padded = F.interpolate(masks, size=(height * patch, width * patch), mode="bilinear", align_corners=False)
+    return {"masks": masks, "logits_image_size": padded[..., : config["image_hw"][0], : config["image_hw"][1]]}
 
 
 BUILDERS: dict[tuple[str, str], Callable[[Case], dict[str, Tensor]]] = {

@@ -75,7 +75,8 @@ def resize(case: Case) -> dict[str, tuple[Tensor, Tensor]]:
 def normalize_pad(case: Case) -> dict[str, Tensor]:
     config = case.config
     spec = InputSpec(mean=tuple(m / 255 for m in config["mean"]), std=tuple(s / 255 for s in config["std"]))
-    image = np.ascontiguousarray(case.inputs["image_bgr"].numpy()[..., ::-1])
+    bgr = case.inputs["image_bgr"].numpy()
+    image = np.ascontiguousarray(bgr[..., ::-1] if config.get("to_rgb", True) else bgr)
     padded, mask = prepare.pad(
         prepare.normalise(image, spec), case.inputs["label"].numpy(), tuple(config["size"]), config["seg_pad_val"]
     )
