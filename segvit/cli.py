@@ -65,10 +65,10 @@ def predict(
     areas: bool = False, scales: tuple[float, ...] = (1.0,), flip: bool = False, precision: Precision = "fp32",
     device: Device | None = None, json: bool = False,
 ) -> None:  # fmt: skip
-    """Segment an image, a folder of images or a glob pattern; writes palette PNGs that hold class ids.
+    """Segment images, folders of images or a glob pattern; writes palette PNGs that hold class ids.
 
     Args:
-        source: Image, folder or pattern.
+        source: Image, folder or pattern; several may be given.
         model: Run folder, model folder or hub id.
         out: Folder to write; None = predictions/ in the run folder, or here.
         overlay: Also write NAME_overlay.png, the image under its labels with a legend.
@@ -288,6 +288,9 @@ def _with_values(arguments: list[str], function: Callable[..., None]) -> list[st
     result = []
     if function is models_info and arguments and not arguments[0].startswith("-"):
         arguments = ["--name", *arguments]  # the one positional that may be left out
+    leading = next((i for i, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
+    if function is predict and leading > 1:  # a shell has expanded a pattern
+        arguments = ["\n".join(arguments[:leading]), *arguments[leading:]]
     for place, argument in enumerate(arguments):
         option, equals, value = argument.partition("=")
         if option.startswith("--"):

@@ -385,6 +385,15 @@ def test_predict_never_replaces_an_input(run, photos, refused):
     assert {path: path.read_bytes() for path in photos.rglob("*.*")} == before
 
 
+def test_predict_takes_what_a_shell_made_of_a_pattern(run, photos, tmp_path, capsys):
+    names = sorted(path for path in photos.iterdir() if path.suffix == ".jpg")
+    assert names
+    cli.main(["predict", *map(str, [*names, photos]), "--model", str(run), "--out", str(tmp_path / "out"), "--json"])
+    written = json.loads(capsys.readouterr().out)
+    assert {item["image"] for item in written} >= set(map(str, names))
+    assert all((tmp_path / "out" / f"{path.stem}.png").is_file() for path in names)
+
+
 def test_predict_says_what_cannot_be_read(run, photos, refused, tmp_path):
     (photos / "b.jpg").write_bytes(b"not an image")
     assert "b.jpg: cannot be read as an image" in refused(

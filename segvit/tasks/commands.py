@@ -149,10 +149,15 @@ def save_overlay(result: Prediction, path: Path) -> None:
 def find_images(source: str) -> dict[Path, Path]:
     """Images of a file, folder (recursively) or glob pattern, each with its name below the source.
 
+    Several sources stand on lines of their own, as the command line passes `photos/*.jpg` once a shell has expanded it.
     Raises UserError when there are none.
     """
     path = Path(source).expanduser()
-    if path.is_dir():
+    if "\n" in source:
+        found = sorted({file for part in source.split("\n") for file in find_images(part)})
+        shared = os.path.commonpath([file.parent for file in found])
+        named = {file: file.relative_to(shared) for file in found}
+    elif path.is_dir():
         found = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
         named = {file: file.relative_to(path) for file in found}
     elif path.is_file():
