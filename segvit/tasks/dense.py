@@ -65,7 +65,9 @@ def train(experiment: Experiment) -> Result:
         )
     check_loss(experiment)
     set_seed(experiment.seed)
-    model = build_model(experiment, dataset.classes).to(accelerator.device)
+    resumes = experiment.resume and (folder / STATE).exists()  # then the checkpoint holds all weights
+    starts = replace(experiment, weights=None, init=None) if resumes else experiment
+    model = build_model(starts, dataset.classes).to(accelerator.device)
     with locked(folder) if accelerator.is_main_process else nullcontext():
         if accelerator.is_main_process:
             claim(folder, asdict(experiment))

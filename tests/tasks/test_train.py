@@ -285,6 +285,17 @@ def test_init_takes_the_head_by_class_name(finished, tmp_path):
     assert load_model(tmp_path / "b").classes.names == tuple(names)
 
 
+def test_resuming_needs_the_run_that_it_started_from_no_more(finished, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(finished, source)
+    started = experiment(tmp_path / "b", init=str(source), steps=2, checkpoint_every=1)
+    train(started)
+    shutil.rmtree(source)
+    result = train(replace(started, resume=True, steps=3))
+    assert [row["step"] for row in steps(tmp_path / "b")] == [1, 2, 3]
+    assert result.folder == tmp_path / "b"
+
+
 def test_init_from_another_architecture_is_refused(finished, tmp_path):
     other = experiment(tmp_path / "b", init=str(finished), options=OPTIONS | {"layers": 2})
     with pytest.raises(UserError, match="have different parts; use --init with the same model"):
