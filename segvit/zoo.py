@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from segvit import __version__
 from segvit.contracts import Classes, InputSpec, ModelConfig, Readout, UserError
 from segvit.files import open_atomic, write_json, write_text
+from segvit.palette import generate_palette
 from segvit.systems import segmenter, segvit
 
 if TYPE_CHECKING:
@@ -127,9 +128,8 @@ def create_model(
 
 
 def numbered_classes(count: int) -> Classes:
-    """A class table without names: class_0, class_1 ... on a gray ramp."""
-    grays = [round(255 * (i + 1) / count) for i in range(count)]
-    return Classes(tuple(f"class_{i}" for i in range(count)), tuple((g, g, g) for g in grays))
+    """A class table without names: class_0, class_1 ... in distinct colours."""
+    return Classes(tuple(f"class_{i}" for i in range(count)), generate_palette(count))
 
 
 def save_model(model: Model, folder: str | Path, *, card: str | None = None) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from segvit import __version__
 from segvit.contracts import InputSpec
@@ -27,8 +28,8 @@ PICTURES = 6
 
 def finish(folder: Path, dataset: Dataset, experiment: Experiment, *, log: RunLog) -> Metrics | None:
     """Evaluate the saved model and write its card, val.json and report/index.html; None where there is no val split."""
-    device = "cpu" if experiment.device == "cpu" else None
-    model = load_model(folder / "model", device=device or _best_device())
+    device = "cuda" if experiment.device != "cpu" and torch.cuda.is_available() else "cpu"
+    model = load_model(folder / "model", device=device)
     metrics, found = None, None
     if "val" in dataset.splits and dataset.count("val"):
         found = evaluate(Predictor(model), dataset, "val", workers=experiment.workers)
@@ -111,9 +112,3 @@ def model_card(model: Model, experiment: Experiment, metrics: Metrics | None) ->
         "",
     ]
     return "\n".join(lines)
-
-
-def _best_device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -121,7 +121,8 @@ def test_worst_picture_first(tmp_path):
 
 @pytest.mark.parametrize("rows", [[], history(1), history(5), [{"step": 7, "val": {"miou": None}}], [{"step": 1}]])
 def test_short_histories(tmp_path, rows):
-    write(tmp_path, history=rows)
+    html, _ = write(tmp_path, history=rows)
+    assert not re.search(r'="[^"]*\b(nan|inf|None)\b', html)  # no coordinate came out of nothing
 
 
 def test_run_without_validation(tmp_path):
