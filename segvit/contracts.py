@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +31,7 @@ class Features(NamedTuple):
 
 
 class Dense(NamedTuple):
-    """What a dense system returns for normalised images (B, 3, H, W)."""
+    """What a dense system returns for normalised images (B, C, H, W)."""
 
     logits: Tensor  # (B, K, h, w) class scores at any stride, comparable by argmax
     extras: dict[str, Tensor]  # every tensor that the loss, the readout or a golden test looks at, by name
@@ -46,6 +46,8 @@ class Readout(NamedTuple):
 
     scores: Callable[[Dense, Size, range], Tensor]
     keeps: tuple[str, ...] = ()  # the extras that `scores` reads; inference drops all others
+    # How sure the winner is: its softmax, or its share of all scores where those are sums of probabilities already.
+    confidence: Literal["softmax", "share"] = "softmax"
 
     def __call__(self, out: Dense, size: Size, rows: range) -> Tensor:
         return self.scores(out, size, rows)
@@ -58,7 +60,7 @@ class Readout(NamedTuple):
 class Sample(NamedTuple):
     """One image and its mask on the way through the data pipeline."""
 
-    image: NDArray[np.uint8]  # (H, W, 3) red green blue
+    image: NDArray[np.uint8]  # (H, W, C); three channels are red green blue
     mask: NDArray[Any]  # (H, W) class ids, uint8 (uint16 above 255 classes), with the ignore id
     name: str = ""  # where it came from, for messages
 
@@ -66,7 +68,7 @@ class Sample(NamedTuple):
 class Batch(NamedTuple):
     """What the loaders yield: normalised images, masks and where they came from."""
 
-    images: Tensor  # (B, 3, H, W) float32
+    images: Tensor  # (B, C, H, W) float32
     masks: Tensor  # (B, H, W) uint8, or int32 above 255 classes
     names: list[str]
 
@@ -75,9 +77,11 @@ class Batch(NamedTuple):
 class InputSpec:
     """How an image becomes the network's input and how it is read; travels with the weights.
 
-    `mean` and `std` are for values in 0..1. At most one size rule is set: `scale` (short side to min(scale), long side
-    at most max(scale), the ratio kept; with `min_side` the short side is at least that and the long limit is dropped)
-    or `exact` (height, width). With neither, images keep their size. `window` switches to sliding windows.
+    `mean` and `std` are for values in 0..1, one for each channel of the image. At most one size rule is set: `scale`
+    (short side to min(scale), long side at most max(scale), the ratio kept; with `min_side` the short side is at least
+    that and the long limit is dropped) or `exact` (height, width). With neither, images keep their size. `window`
+    switches to sliding windows. `levels` are the raw levels that become 0 and 255 when an image file is read; None =
+    the full range of its type.
     """
 
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
@@ -87,8 +91,13 @@ class InputSpec:
     exact: Size | None = None
     window: Size | None = None
     stride: Size | None = None
+    levels: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
+        if len(self.mean) != len(self.std) or not self.mean:
+            raise UserError(
+                f"mean has {len(self.mean)} values and std {len(self.std)}; give both one for each channel of the image"
+            )
         if self.scale and self.exact:
             raise UserError(f"scale {self.scale} and exact {self.exact} exclude each other; set one of them")
         if (self.window is None) != (self.stride is None):
@@ -98,6 +107,11 @@ class InputSpec:
             raise UserError(
                 f"stride {self.stride} must lie between 1 and the window {self.window}, or windows leave gaps"
             )
+
+    @property
+    def channels(self) -> int:
+        """The number of channels of the images."""
+        return len(self.mean)
 
     def to_json(self) -> dict[str, Any]:
         """The content of `preprocessor_config.json`, in the hub's keys where they exist."""
@@ -109,7 +123,7 @@ class InputSpec:
             "do_resize": size is not None, "size": size, "resample": 2, "min_side": self.min_side,
             "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
             "image_mean": list(self.mean), "image_std": list(self.std),
-            "do_reduce_labels": False, "window": self.window, "stride": self.stride,
+            "do_reduce_labels": False, "window": self.window, "stride": self.stride, "levels": self.levels,
         }  # fmt: skip
 
     @staticmethod
@@ -121,6 +135,7 @@ class InputSpec:
             scale=(size["longest_edge"], size["shortest_edge"]) if "shortest_edge" in size else None,
             exact=(size["height"], size["width"]) if "height" in size else None,
             window=_pair(data.get("window")), stride=_pair(data.get("stride")),
+            levels=(data["levels"][0], data["levels"][1]) if data.get("levels") else None,
         )  # fmt: skip
 
 
@@ -188,7 +203,7 @@ class Runtime(Protocol):
     readout: Readout
 
     def __call__(self, images: Tensor) -> Dense:
-        """Normalised images (B, 3, H, W) on the CPU -> the system's output."""
+        """Normalised images (B, C, H, W) on the CPU -> the system's output."""
         ...
 
 

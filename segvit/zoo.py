@@ -23,7 +23,7 @@ from segvit import __version__
 from segvit.contracts import Classes, InputSpec, ModelConfig, Readout, UserError
 from segvit.files import open_atomic, write_json, write_text
 from segvit.palette import generate_palette
-from segvit.systems import segmenter, segvit
+from segvit.systems import classic, ddrnet, ftn, segmenter, segvit, semantic_fpn, setr
 
 if TYPE_CHECKING:
     from segvit.contracts import Model
@@ -51,6 +51,27 @@ def _segmenter(build: Callable[..., nn.Module]) -> System:
     return System(build, segmenter.criterion, segmenter.normalisers, segmenter.READOUT, segmenter.convert)
 
 
+def _semantic_fpn(build: Callable[..., nn.Module]) -> System:
+    parts = semantic_fpn
+    return System(build, parts.criterion, parts.normalisers, parts.READOUT, parts.convert)
+
+
+def _setr(build: Callable[..., nn.Module]) -> System:
+    return System(build, setr.criterion, setr.normalisers, setr.READOUT, setr.convert)
+
+
+def _ftn(build: Callable[..., nn.Module]) -> System:
+    return System(build, ftn.criterion, ftn.normalisers, ftn.READOUT, ftn.convert)
+
+
+def _ddrnet(build: Callable[..., nn.Module]) -> System:
+    return System(build, ddrnet.criterion, ddrnet.normalisers, ddrnet.READOUT, ddrnet.convert)
+
+
+def _classic(build: Callable[..., nn.Module]) -> System:
+    return System(build, classic.criterion, classic.normalisers, classic.READOUT, classic.convert)
+
+
 MODELS: dict[str, System] = {
     "segvit_vit_tiny": _segvit(segvit.segvit_vit_tiny),
     "segvit_vit_small": _segvit(segvit.segvit_vit_small),
@@ -65,6 +86,51 @@ MODELS: dict[str, System] = {
     "segmenter_vit_base": _segmenter(segmenter.segmenter_vit_base),
     "segmenter_vit_large": _segmenter(segmenter.segmenter_vit_large),
     "segmenter_linear_vit_base": _segmenter(segmenter.segmenter_linear_vit_base),
+    "setr_naive_vit_tiny": _setr(setr.setr_naive_vit_tiny),
+    "setr_naive_vit_small": _setr(setr.setr_naive_vit_small),
+    "setr_naive_vit_base": _setr(setr.setr_naive_vit_base),
+    "setr_naive_vit_large": _setr(setr.setr_naive_vit_large),
+    "setr_naive_deit_base": _setr(setr.setr_naive_deit_base),
+    "setr_pup_tiny": _setr(setr.setr_pup_vit_tiny),
+    "setr_pup_vit_tiny": _setr(setr.setr_pup_vit_tiny),
+    "setr_pup_vit_small": _setr(setr.setr_pup_vit_small),
+    "setr_pup_vit_base": _setr(setr.setr_pup_vit_base),
+    "setr_pup_vit_large": _setr(setr.setr_pup_vit_large),
+    "setr_pup_deit_base": _setr(setr.setr_pup_deit_base),
+    "setr_mla_vit_tiny": _setr(setr.setr_mla_vit_tiny),
+    "setr_mla_vit_small": _setr(setr.setr_mla_vit_small),
+    "setr_mla_vit_base": _setr(setr.setr_mla_vit_base),
+    "setr_mla_vit_large": _setr(setr.setr_mla_vit_large),
+    "setr_mla_deit_base": _setr(setr.setr_mla_deit_base),
+    "setr_hlg_tiny": _setr(setr.setr_hlg_tiny),
+    "setr_hlg_small": _setr(setr.setr_hlg_small),
+    "setr_hlg_medium": _setr(setr.setr_hlg_medium),
+    "setr_hlg_large": _setr(setr.setr_hlg_large),
+    "semantic_fpn": _semantic_fpn(semantic_fpn.semantic_fpn),
+    "semantic_fpn_pvt_tiny": _semantic_fpn(semantic_fpn.semantic_fpn_pvt_tiny),
+    "semantic_fpn_pvt_small": _semantic_fpn(semantic_fpn.semantic_fpn_pvt_small),
+    "semantic_fpn_pvt_medium": _semantic_fpn(semantic_fpn.semantic_fpn_pvt_medium),
+    "semantic_fpn_pvt_large": _semantic_fpn(semantic_fpn.semantic_fpn_pvt_large),
+    "semantic_fpn_pvt_v2_b0": _semantic_fpn(semantic_fpn.semantic_fpn_pvt_v2_b0),
+    "semantic_fpn_pvt_v2_b2": _semantic_fpn(semantic_fpn.semantic_fpn_pvt_v2_b2),
+    "ftn_tiny": _ftn(ftn.ftn_tiny),
+    "ftn_small": _ftn(ftn.ftn_small),
+    "ftn_base": _ftn(ftn.ftn_base),
+    "ftn_large": _ftn(ftn.ftn_large),
+    "ddrnet_23_slim": _ddrnet(ddrnet.ddrnet_23_slim),
+    "ddrnet_23": _ddrnet(ddrnet.ddrnet_23),
+    "ddrnet_39": _ddrnet(ddrnet.ddrnet_39),
+    "fcn": _classic(classic.fcn),
+    "unet": _classic(classic.unet),
+    "unet_plus_plus": _classic(classic.unet_plus_plus),
+    "pspnet": _classic(classic.pspnet),
+    "fpn": _classic(classic.fpn),
+    "deeplabv3": _classic(classic.deeplabv3),
+    "deeplabv3_plus": _classic(classic.deeplabv3_plus),
+    "lraspp": _classic(classic.lraspp),
+    "upernet": _classic(classic.upernet),
+    "segformer": _classic(classic.segformer),
+    "dpt": _classic(classic.dpt),
 }
 
 
@@ -107,7 +173,8 @@ def create_model(
     """A model by name, with `.spec`, `.classes`, `.readout` and `.config` attached.
 
     Give `classes` (names and colours) or just `num_classes`. `options` are the builder's keywords; `spec` defaults to
-    the backbone's mean and standard deviation at the image's own size.
+    the backbone's mean and standard deviation (0.5 for each channel unless `in_channels` is 3) at the image's own size.
+    Raises UserError for a `spec` of another number of channels.
     """
     if classes is None:
         if num_classes is None:
@@ -123,8 +190,20 @@ def create_model(
     kept = json.loads(json.dumps({key: value for key, value in options.items() if key != "weights"}))
     model.config = ModelConfig(name=name, options=kept, classes=classes)
     model.classes, model.readout = classes, find_system(name).readout
-    model.spec = spec or InputSpec(mean=cast(Any, network).backbone.mean, std=cast(Any, network).backbone.std)
+    levels = cast(Any, dict(network.named_children()).get("backbone", network))
+    default = InputSpec(mean=levels.mean, std=levels.std)
+    model.spec = spec or default
+    check_channels(model.spec, default)
     return model
+
+
+def check_channels(spec: InputSpec, built: InputSpec) -> None:
+    """Raise UserError unless `spec` has a mean and a deviation for each channel that the model was built for."""
+    if spec.channels != built.channels:
+        raise UserError(
+            f"mean and std have {spec.channels} values but the model takes {built.channels} channels; "
+            f"give one value for each channel, or build the model with in_channels={spec.channels}"
+        )
 
 
 def numbered_classes(count: int) -> Classes:

@@ -20,7 +20,12 @@ from segvit.engine.optim import clip_gradients, make_optimizer, parameter_rates,
 from segvit.engine.schedule import learning_rate
 from segvit.systems import segmenter, segvit
 from tests.golden.run import Case
+from tests.golden_ddrnet import DDRNET
+from tests.golden_ftn import FTN
+from tests.golden_hlg import HLG
 from tests.golden_mmseg import MMSEG, optim_settings, schedule_settings
+from tests.golden_pvt import PVT_CASES
+from tests.golden_setr import SETR
 
 
 def load(module: nn.Module, state: dict[str, Tensor], prefix: str = "") -> nn.Module:
@@ -209,5 +214,10 @@ BUILDERS: dict[tuple[str, str], Callable[[Case], dict[str, Tensor]]] = {
     ("segvit", "trajectory"): trajectory,
     ("segvit", "trajectory_shrunk"): trajectory,
     ("segmenter", "mask_transformer"): mask_transformer,
+    **DDRNET,
+    **FTN,
+    **HLG,
     **MMSEG,
+    **PVT_CASES,
+    **SETR,
 }

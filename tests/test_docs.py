@@ -1,18 +1,36 @@
-"""The Python snippets of the guides run as they stand."""
+"""The Python snippets of the guides run as they stand, and guides told in commands from top to bottom."""
 
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
+from segvit.cli import main
+
 ROOT = Path(__file__).parent.parent
+GUIDES = sorted((ROOT / "docs").glob("*.md"))
+BLOCK = re.compile(r"^```(python|console)\n(.*?)^```", re.M | re.S)
+Steps = list[tuple[str, str]]  # kind and content
+
+
+def steps(guide: Path) -> Steps:
+    return BLOCK.findall(guide.read_text(encoding="utf-8"))
+
+
+def is_story(guide: Path) -> bool:
+    """Whether the guide is told in commands, so that its steps build on each other."""
+    return any(kind == "console" for kind, _ in steps(guide))
+
+
 SNIPPETS = [
     pytest.param(code, id=f"{guide.stem}-{number}")
-    for guide in sorted((ROOT / "docs").glob("*.md"))
-    for number, code in enumerate(re.findall(r"^```python\n(.*?)^```", guide.read_text(encoding="utf-8"), re.M | re.S))
-]
+    for guide in GUIDES if not is_story(guide)
+    for number, (_, code) in enumerate(steps(guide))
+]  # fmt: skip
+STORIES = [pytest.param(steps(guide), id=guide.stem) for guide in GUIDES if is_story(guide)]
 
 
 @pytest.mark.parametrize("code", SNIPPETS)
@@ -22,6 +40,31 @@ def test_snippets_of_the_guides_run(
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "<guide>", "exec"), {})
     assert capsys.readouterr().out.strip()  # every snippet shows something
+
+
+@pytest.mark.parametrize("story", STORIES)
+def test_guides_told_in_commands_run_from_top_to_bottom(
+    story: Steps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SEGVIT_CACHE", str(tmp_path / "cache"))
+    for kind, content in story:
+        if kind == "python":
+            exec(compile(content, "<guide>", "exec"), {})
+            assert capsys.readouterr().out.strip()
+            continue
+        for line in content.splitlines():
+            expected = int(match[1]) if (match := re.search(r"# exit code (\d)", line)) else 0
+            assert exit_code(line.removeprefix("$ segvit ")) == expected, line
+            assert capsys.readouterr().out.strip() or " train " in line, line
+
+
+def exit_code(line: str) -> int:
+    try:
+        main(shlex.split(line, comments=True))
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
 
 
 def test_links_of_the_readme_lead_somewhere() -> None:

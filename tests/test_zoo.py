@@ -11,6 +11,7 @@ import torch
 
 from segvit import __version__
 from segvit.contracts import Classes, InputSpec, UserError
+from segvit.nn.flops import count_gflops
 from segvit.zoo import MODELS, create_model, find_system, load_model, load_state, match_classes, save_model
 
 TINY: dict[str, Any] = {"image_size": 32, "patch_size": 8, "depth": 1, "embed_dim": 64, "out_indices": [0], "layers": 1}
@@ -200,3 +201,22 @@ def test_models_that_cannot_be_matched() -> None:
         match_classes(tiny(image_size=64), tiny())
     with pytest.raises(UserError, match="use the same options"):
         match_classes(tiny(dim=64), tiny())
+
+
+@pytest.mark.parametrize("name", ["segvit_vit_tiny", "segvit_shrunk_vit_tiny", "segmenter_vit_tiny"])
+@pytest.mark.parametrize("channels", [1, 5])
+def test_channels_are_saved_and_loaded(name: str, channels: int, tmp_path: Path) -> None:
+    spec = InputSpec(mean=(0.25,) * channels, std=(0.5,) * channels, levels=(0, 4095))
+    model = tiny(name, in_channels=channels, spec=spec)
+    save_model(model, tmp_path)
+    loaded = load_model(tmp_path)
+    assert (loaded.spec, loaded.config.options["in_channels"]) == (spec, channels)
+    images = torch.randn(1, channels, 32, 32)
+    assert torch.equal(loaded(images).logits, model(images).logits)
+    assert count_gflops(loaded, (32, 32)) > 0
+
+
+def test_the_spec_has_a_value_for_each_channel() -> None:
+    assert tiny(in_channels=2).spec == InputSpec(mean=(0.5, 0.5), std=(0.5, 0.5))
+    with pytest.raises(UserError, match=r"have 3 values but the model takes 2 channels; .* in_channels=3"):
+        tiny(in_channels=2, spec=InputSpec())

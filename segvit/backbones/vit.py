@@ -38,7 +38,8 @@ class PlainViT(nn.Module):
 
     `prefix_tokens="drop"` removes class and register tokens after the position embedding, before the first block, as
     mmseg does for SegViT: they keep their (zero) gradient. `final_norm` applies the last LayerNorm to the last map
-    (which should then be that of the last block).
+    (which should then be that of the last block). `mean` and `std` are those of the pretraining, or 0.5 for each
+    channel where the images are not RGB.
     """
 
     def __init__(
@@ -59,8 +60,10 @@ class PlainViT(nn.Module):
         self.dim: int = trunk.embed_dim
         self.patch: Size = tuple(trunk.patch_embed.patch_size)
         self.pretrained_grid: Size = tuple(trunk.patch_embed.grid_size)
-        self.mean: tuple[float, ...] = tuple(trunk.pretrained_cfg.get("mean", (0.5, 0.5, 0.5)))
-        self.std: tuple[float, ...] = tuple(trunk.pretrained_cfg.get("std", (0.5, 0.5, 0.5)))
+        channels: int = trunk.patch_embed.proj.in_channels
+        known = trunk.pretrained_cfg if channels == 3 else {}
+        self.mean: tuple[float, ...] = tuple(known.get("mean", (0.5,) * channels))
+        self.std: tuple[float, ...] = tuple(known.get("std", (0.5,) * channels))
         self.prefix_tokens, self.position_mode, self.checkpointing = prefix_tokens, position_mode, checkpointing
 
         self.patch_embed = trunk.patch_embed
@@ -83,7 +86,7 @@ class PlainViT(nn.Module):
                 block.attn.num_prefix_tokens = 0  # `rotation` covers the prefix, however many tokens it has
 
     def embed(self, images: Tensor) -> Step:
-        """(B, 3, H, W) -> the tokens before the first block; sides are padded to whole patches with zeros."""
+        """(B, C, H, W) -> the tokens before the first block; sides are padded to whole patches with zeros."""
         maps = self.patch_embed.proj(pad_to_patches(images, self.patch))  # (B, D, h, w)
         grid: Size = (maps.shape[-2], maps.shape[-1])
         tokens = self.patch_embed.norm(maps.flatten(2).mT)
@@ -264,6 +267,7 @@ def plain_vit(
     patch_size: int | None = None,
     depth: int | None = None,
     embed_dim: int | None = None,
+    in_channels: int = 3,
 ) -> PlainViT:
     """Any plain ViT of timm by name, e.g. `vit_base_patch16_384` or `vit_base_patch14_reg4_dinov2`.
 
@@ -271,9 +275,12 @@ def plain_vit(
     is a hub name (`timm` tag such as `vit_base_patch16_384.augreg_in21k_ft_in1k`, or `org/repo`), a local .safetensors,
     .pth or .npz file, or None. `attention_drop_path=False` applies stochastic depth to the MLP branch only.
     `patch_size`, `depth` and `embed_dim` (64 a head) change the named architecture, for training from nothing.
+    `in_channels` other than 3 is for images that are not RGB; see `load_weights` for what weights become then.
 
     Raises UserError for a name that timm lacks or that is not a plain ViT, and for weights that cannot be had.
     """
+    if in_channels < 1:
+        raise UserError(f"in_channels is {in_channels}; images have 1 channel or more")
     changes: dict[str, int] = {} if patch_size is None else {"patch_size": patch_size}
     changes |= {} if depth is None else {"depth": depth}
     changes |= {} if embed_dim is None else {"embed_dim": embed_dim, "num_heads": max(1, embed_dim // 64)}
@@ -281,7 +288,7 @@ def plain_vit(
         raise UserError(
             f"{', '.join(changes)} change the architecture, so weights {weights!r} cannot fit; set one or the other"
         )
-    trunk = _timm_trunk(name, image_size, drop_path, changes)
+    trunk = _timm_trunk(name, image_size, drop_path, changes | {"in_chans": in_channels})
     for block in trunk.blocks if not attention_drop_path else ():
         block.drop_path1 = nn.Identity()
     if norm_eps is not None:
@@ -293,7 +300,7 @@ def plain_vit(
         position_mode=position_mode, checkpointing=checkpointing,
     )  # fmt: skip
     if weights is not None:
-        load_weights(trunk, weights, needed=list(vit.parameters()))
+        load_weights(trunk, weights, needed=list(vit.parameters()), position_mode=position_mode)
     return vit
 
 

@@ -1,7 +1,10 @@
 """Pretrained weights for timm trunks: from the hub, or from a local safetensors, pth or npz file.
 
 Official layouts (timm, DeiT, MAE, DINOv2, DINOv3, BEiT, OpenAI CLIP, the JAX npz of AugReg) go through timm's own key
-filters; position embeddings are resized bicubic without antialias.
+filters; position embeddings are resized bicubic, or bilinear where a paper did so, without antialias. For images of
+other than three channels the patch embedding of RGB weights is changed as timm does: one channel takes the sum over
+red, green and blue (a gray image then gives the very tokens of its RGB copy); more take red, green, blue, red ... in
+turn, times 3 / channels.
 """
 
 from __future__ import annotations
@@ -14,13 +17,13 @@ import sys
 import zipfile
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.models import load_state_dict_from_hf
+from timm.models import adapt_input_conv, load_state_dict_from_hf
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -28,6 +31,7 @@ from segvit.contracts import UserError
 from segvit.nn.tokens import resize_positions
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".npz")
+PATCHES = "patch_embed.proj.weight"  # (D, C, p, p)
 # A classifier, pooling and pretraining parts of published checkpoints that no token map passes through.
 UNUSED = (
     r"^(head|head_dist|fc_norm|norm|attn_pool|mask_token|decoder|decoder_\w+|lm_head|rope|logit_\w+)(\.|$)"
@@ -69,26 +73,31 @@ def unwrap(state: dict[str, Any]) -> dict[str, Tensor]:
     return tensors
 
 
-def load_weights(trunk: nn.Module, weights: str, *, needed: Collection[nn.Parameter] = ()) -> None:
+def load_weights(
+    trunk: nn.Module, weights: str, *, needed: Collection[nn.Parameter] = (),
+    position_mode: Literal["bicubic", "bilinear"] = "bicubic",
+) -> None:  # fmt: skip
     """Load pretrained weights into a timm ViT, in place.
 
     All must be found but what no token map passes through; `needed` are parameters that must be found in any case.
+    `position_mode` is how position embeddings of another grid are resized.
 
     Raises UserError when the file or hub name cannot be had or does not fit the architecture.
     """
     path = Path(weights).expanduser()
     if path.suffix == ".npz":
-        _load_npz(trunk, path)
+        _load_npz(trunk, path, position_mode)
         return
     local = path.suffix in SUFFIXES or path.exists()
     state = unwrap(read_state(path) if local else _download(weights))
     try:
-        fitted = _filter(trunk)(state, trunk)
+        fitted = _filter(trunk, position_mode)(state, trunk)
     except (AttributeError, KeyError, ValueError, RuntimeError) as error:  # timm's filters trust what they are given
         raise UserError(
             f"{weights} does not fit {type(trunk).__name__} ({error}); choose the matching backbone"
         ) from error
     own = trunk.state_dict()
+    _fit_channels(fitted, own)
     used = {key: value for key, value in fitted.items() if not re.search(UNUSED, key) or key in own}
     must = {id(parameter) for parameter in needed}
     missing = [
@@ -106,7 +115,14 @@ def load_weights(trunk: nn.Module, weights: str, *, needed: Collection[nn.Parame
     trunk.load_state_dict(used, strict=False)
 
 
-def _load_npz(trunk: nn.Module, path: Path) -> None:
+def _fit_channels(state: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+    """Change the patch embedding of RGB weights to the trunk's number of channels, in place."""
+    kernel, channels = state.get(PATCHES), own[PATCHES].shape[1]
+    if kernel is not None and kernel.ndim == 4 and kernel.shape[1] == 3:
+        state[PATCHES] = adapt_input_conv(channels, kernel)
+
+
+def _load_npz(trunk: nn.Module, path: Path, position_mode: str) -> None:
     """AugReg's JAX archive through timm's reader, except for positions, which timm resizes bilinearly."""
     if not path.is_file():
         raise UserError(f"{path}: no such weights file")
@@ -122,7 +138,8 @@ def _load_npz(trunk: nn.Module, path: Path) -> None:
         ) from error
     head = 0 if trunk.no_embed_class else trunk.num_prefix_tokens
     side = math.isqrt(positions.shape[1] - head)
-    patches = resize_positions(positions[:, head:], old=(side, side), new=tuple(trunk.patch_embed.grid_size))
+    grid = tuple(trunk.patch_embed.grid_size)
+    patches = resize_positions(positions[:, head:], old=(side, side), new=grid, mode=position_mode)
     with torch.no_grad():
         trunk.pos_embed.copy_(torch.cat([positions[:, :head], patches], dim=1))
 
@@ -139,7 +156,7 @@ def _download(name: str) -> dict[str, Any]:
         ) from error
 
 
-def _filter(trunk: nn.Module) -> Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]]:
+def _filter(trunk: nn.Module, position_mode: str) -> Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]]:
     """timm's own key filter for the trunk's family, without antialias where it can be chosen."""
     family = next(
         parent for parent in type(trunk).__mro__ if "checkpoint_filter_fn" in vars(sys.modules[parent.__module__])
@@ -148,7 +165,7 @@ def _filter(trunk: nn.Module) -> Callable[[dict[str, Tensor], nn.Module], dict[s
     accepts = inspect.signature(function).parameters
 
     def apply(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-        options: dict[str, bool] = {"antialias": False}
+        options: dict[str, Any] = {"antialias": False, "interpolation": position_mode}
         if "adapt_layer_scale" in accepts:
             options["adapt_layer_scale"] = any("gamma_" in key for key in state)
         return dict(function(state, model, **options))

@@ -47,13 +47,14 @@ class Draws(TorchDataset[Item]):
     recipe: Augment
     seed: int
     split: str = "train"
+    rarity: NDArray[np.float32] | None = None  # (K,) how much rare crops seek each class
 
     def __getitem__(self, draw: int) -> Item:
         epoch, place = divmod(draw, self.dataset.count(self.split))
         index = int(permutation(self.seed, epoch, self.dataset.count(self.split))[place])
         ignore = self.dataset.classes.ignore_index
         sample = _read(self.dataset, self.split, index)
-        sample = augment(sample, self.recipe, np.random.default_rng([self.seed, draw]), ignore)
+        sample = augment(sample, self.recipe, np.random.default_rng([self.seed, draw]), ignore, self.rarity)
         image, mask = pad(normalise(sample.image, self.spec), sample.mask, self.recipe.crop, ignore)
         # torch has few operations for uint16, so ids above 255 become int32.
         kind = np.uint8 if ignore == 255 else np.int32
@@ -78,13 +79,18 @@ def permutation(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
 
 
 def train_batches(
-    dataset: Dataset, *, spec: InputSpec, augment: Augment, seed: int, draws: Iterable[list[int]], workers: int
-) -> DataLoader[Item]:
-    """A loader of `Batch`: one for each list of draw numbers, every image padded to the crop."""
+    dataset: Dataset, *, spec: InputSpec, augment: Augment, seed: int, draws: Iterable[list[int]], workers: int,
+    rarity: NDArray[np.float32] | None = None,
+) -> DataLoader[Item]:  # fmt: skip
+    """A loader of `Batch`: one for each list of draw numbers, every image padded to the crop.
+
+    `rarity` (K,) is needed where `augment` has rare crops.
+    """
     if not dataset.count("train"):
         raise UserError("the train split holds no images; add some")
+    sequence = Draws(dataset, spec, augment, seed, rarity=rarity)
     return DataLoader(
-        Draws(dataset, spec, augment, seed), batch_sampler=draws, num_workers=workers, collate_fn=collate,
+        sequence, batch_sampler=draws, num_workers=workers, collate_fn=collate,
         worker_init_fn=_use_one_thread, pin_memory=torch.cuda.is_available(), generator=_own_generator(),
     )  # fmt: skip
 

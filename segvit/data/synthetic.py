@@ -63,6 +63,16 @@ class ShapesDataset:
         """Both splits."""
         return ("train", "val")
 
+    @property
+    def channels(self) -> int:
+        """Red, green and blue."""
+        return 3
+
+    @property
+    def levels(self) -> None:
+        """Images are made with 8 bits."""
+        return None
+
     def count(self, split: str) -> int:
         """The number of samples in a split."""
         if split not in self.splits:

@@ -3,7 +3,8 @@
 Every transform is a function of a sample and an explicit random generator. Colours work on uint8 and end every step by
 cutting off the fraction, because the originals do: a brightness of -0.4 darkens every level by one.
 
-Shapes    H W image. HSV images hold hue 0..179, saturation and value 0..255, OpenCV's 8-bit convention.
+Shapes    H W image of any number of channels (saturation and hue: three). HSV images hold hue 0..179, saturation and
+          value 0..255, OpenCV's 8-bit convention.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from segvit.contracts import Sample, Size
+from segvit.contracts import Sample, Size, UserError
 from segvit.data.resize import resize_image, resize_mask, scaled_size
 
 BRIGHTNESS = 32.0  # levels, either way
@@ -53,26 +54,39 @@ class Augment:
     """How training samples are varied.
 
     `scale` is the size that ratio 1 stands for, as in `scaled_size`; without it the image's own size. `cat_max_ratio`
-    is the part of a crop above which one class is too much (1 switches the rule off).
+    is the part of a crop above which one class is too much (1 switches the rule off). `rare_crops` is the probability
+    that a crop is placed around a pixel of a rare class instead, see `rare_crop`.
     """
 
     crop: Size = (512, 512)
     scale: tuple[int, int] | None = None
     ratio_range: tuple[float, float] = (0.5, 2.0)
     cat_max_ratio: float = 0.75
+    rare_crops: float = 0.0
     flip: float = 0.5
     photometric: bool = True
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.rare_crops <= 1:
+            raise UserError(f"augment.rare_crops is {self.rare_crops}; it is a probability, so choose one in 0..1")
 
-def augment(sample: Sample, recipe: Augment, rng: np.random.Generator, ignore: int) -> Sample:
-    """The whole recipe; the result is at most as large as the crop (padding follows the normalisation)."""
-    sample = resize_and_crop(sample, recipe, rng, ignore)
+
+def augment(
+    sample: Sample, recipe: Augment, rng: np.random.Generator, ignore: int, rarity: NDArray[Any] | None = None
+) -> Sample:
+    """The whole recipe; the result is at most as large as the crop (padding follows the normalisation).
+
+    `rarity` (K,), how much each class is sought, is needed where the recipe has `rare_crops`.
+    """
+    sample = resize_and_crop(sample, recipe, rng, ignore, rarity)
     sample = random_flip(sample, rng, probability=recipe.flip)
     return photometric(sample, rng) if recipe.photometric else sample
 
 
-def resize_and_crop(sample: Sample, recipe: Augment, rng: np.random.Generator, ignore: int) -> Sample:
-    """Resize by a random ratio, then cut out a crop that one class does not fill.
+def resize_and_crop(
+    sample: Sample, recipe: Augment, rng: np.random.Generator, ignore: int, rarity: NDArray[Any] | None = None
+) -> Sample:
+    """Resize by a random ratio, then cut out a crop that one class does not fill, or one around a rare class.
 
     One step and not two, so that only the pixels inside the crop need to be interpolated.
     """
@@ -81,7 +95,12 @@ def resize_and_crop(sample: Sample, recipe: Augment, rng: np.random.Generator, i
     base = recipe.scale or (height, width)
     size = scaled_size((height, width), scale=(int(base[0] * ratio), int(base[1] * ratio)))
     mask = resize_mask(sample.mask, size)
-    top, left = choose_crop(mask, recipe.crop, recipe.cat_max_ratio, rng, ignore)
+    place = None
+    if recipe.rare_crops and rng.random() < recipe.rare_crops:  # without rare crops the stream of numbers is untouched
+        if rarity is None:
+            raise ValueError("rare_crops needs the rarity of the classes; pass rarity=class_weights(pixels, 'sqrt')")
+        place = rare_crop(mask, recipe.crop, rarity, rng)
+    top, left = place or choose_crop(mask, recipe.crop, recipe.cat_max_ratio, rng, ignore)
     high, wide = min(recipe.crop[0], size[0]), min(recipe.crop[1], size[1])
     image = resize_image(sample.image, size, window=(top, left, high, wide))
     return sample._replace(image=image, mask=mask[top : top + high, left : left + wide])
@@ -100,6 +119,24 @@ def choose_crop(
     return top, left
 
 
+def rare_crop(mask: NDArray[Any], crop: Size, rarity: NDArray[Any], rng: np.random.Generator) -> tuple[int, int] | None:
+    """The (top, left) of a crop that holds a pixel of a class drawn by rarity; None where no pixel is labelled.
+
+    The class is drawn among those of the mask, in proportion to `rarity` (K,); then one of its pixels, then one of the
+    crops around that pixel, all equally likely.
+    """
+    counts = np.bincount(mask.ravel(), minlength=len(rarity))[: len(rarity)]
+    sought = np.where(counts > 0, rarity, 0.0)
+    if not sought.any():
+        return None
+    chosen = rng.choice(len(rarity), p=sought / sought.sum())
+    pixel = np.flatnonzero(mask.ravel() == chosen)[rng.integers(counts[chosen])]
+    places = zip(np.unravel_index(pixel, mask.shape), mask.shape, crop, strict=True)
+    spans = [(max(0, at - length + 1), min(at, max(side - length, 0))) for at, side, length in places]
+    top, left = (int(rng.integers(first, last + 1)) for first, last in spans)
+    return top, left
+
+
 def crop_accepted(mask_crop: NDArray[Any], cat_max_ratio: float, ignore: int) -> bool:
     """Whether at least two classes occur and the largest has less than `cat_max_ratio` of the labelled pixels."""
     counts = np.bincount(mask_crop.ravel(), minlength=ignore + 1)
@@ -115,16 +152,20 @@ def random_flip(sample: Sample, rng: np.random.Generator, *, probability: float 
 
 
 def photometric(sample: Sample, rng: np.random.Generator) -> Sample:
-    """Brightness, contrast, saturation and hue, each with probability one half; contrast comes second or last."""
+    """Brightness, contrast, saturation and hue, each with probability one half; contrast comes second or last.
+
+    Images of other than three channels have no saturation and no hue: these two are left out.
+    """
     image = sample.image
+    colored = image.shape[2] == 3
     if rng.integers(2):
         image = brightness(image, rng.uniform(-BRIGHTNESS, BRIGHTNESS))
     contrast_first = rng.integers(2) == 1
     if contrast_first and rng.integers(2):
         image = contrast(image, rng.uniform(*FACTORS))
-    if rng.integers(2):
+    if colored and rng.integers(2):
         image = saturation(image, rng.uniform(*FACTORS))
-    if rng.integers(2):
+    if colored and rng.integers(2):
         image = hue(image, int(rng.integers(-HUE, HUE)))
     if not contrast_first and rng.integers(2):
         image = contrast(image, rng.uniform(*FACTORS))

@@ -6,6 +6,7 @@ Colours, fonts and light or dark come from the page's style sheet through the cl
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -207,6 +208,69 @@ def grouped(number: Any) -> str:
 
 def _short(step: float) -> str:
     return f"{step / 1000:g}k" if step >= 10_000 else grouped(step)
+
+
+def reliability(title: str, rows: Sequence[tuple[float, float, float]]) -> str:
+    """A reliability diagram: (confidence, accuracy, share of the pixels) of each bin, in fractions.
+
+    Blocks are the accuracies, the dashed line is perfect calibration; the faint blocks below show where pixels are.
+    """
+    wide, high, foot = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM - 30, 26
+    bin_wide = wide / max(len(rows), 1)
+    most = max((share for _, _, share in rows), default=0.0) or 1.0
+    parts = []
+    for i, (confidence, accuracy, share) in enumerate(rows):
+        if not share:
+            continue
+        x, top = LEFT + i * bin_wide + 1, TOP + high * (1 - accuracy)
+        told = f"confidence {confidence:.2f}: right in {100 * accuracy:.1f} % ({100 * share:.1f} % of the pixels)"
+        size, foot_top = foot * share / most, TOP + high + 4
+        parts.append(
+            f'<g class="hue0"><title>{told}</title><rect class="block" x="{x:.1f}" y="{top:.1f}" '
+            f'width="{bin_wide - 2:.1f}" height="{high * accuracy:.1f}"/><rect class="block" fill-opacity=".3" '
+            f'x="{x:.1f}" y="{foot_top:.1f}" width="{bin_wide - 2:.1f}" height="{size:.1f}"/></g>'
+        )
+    for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
+        y, x = TOP + high * (1 - tick), LEFT + wide * tick
+        parts.append(f'<line class="rule" x1="{LEFT}" x2="{LEFT + wide}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{100 * tick:g}%</text>')
+        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 14}" text-anchor="middle">{100 * tick:g}%</text>')
+    parts.append(f'<line class="ideal" x1="{LEFT}" y1="{TOP + high}" x2="{LEFT + wide}" y2="{TOP}"/>')
+    return (
+        f'<figure><figcaption><b>{escape(title)}</b><span class="keys">across: confidence, up: accuracy</span>'
+        f'</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
+        f"{''.join(parts)}</svg></figure>"
+    )
+
+
+def dumbbells(title: str, rows: Sequence[tuple[str, float, float]], *, labels: tuple[str, str]) -> str:
+    """Two fractions of each name on one line, such as IoU and boundary IoU of each class; NaN rows are left out."""
+    known = [row for row in rows if math.isfinite(row[1]) and math.isfinite(row[2])]
+    if not known:
+        return ""
+    left, step = 150, 22
+    wide, height = WIDTH - left - RIGHT, TOP + step * len(known) + 28
+    parts = []
+    for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
+        x = left + wide * tick
+        parts.append(f'<line class="rule" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{height - 26}"/>')
+        parts.append(f'<text x="{x:.1f}" y="{height - 8}" text-anchor="middle">{100 * tick:g}%</text>')
+    for i, (name, first, second) in enumerate(known):
+        y = TOP + step * (i + 0.5)
+        short = name if len(name) <= 20 else name[:19] + "..."
+        told = f"{escape(name)}: {labels[0]} {100 * first:.1f} %, {labels[1]} {100 * second:.1f} %"
+        ends = [left + wide * value for value in (first, second)]
+        parts.append(
+            f'<g><title>{told}</title><text class="name" x="{left - 10}" y="{y + 4:.1f}" text-anchor="end">'
+            f'{escape(short)}</text><line class="link" x1="{ends[0]:.1f}" x2="{ends[1]:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            f'<circle class="hue0" cx="{ends[0]:.1f}" cy="{y:.1f}" r="4.5"/>'
+            f'<circle class="hue1" cx="{ends[1]:.1f}" cy="{y:.1f}" r="4.5"/></g>'
+        )
+    keys = "".join(f'<span class="key"><i class="hue{i}"></i>{escape(text)}</span>' for i, text in enumerate(labels))
+    return (
+        f'<figure><figcaption><b>{escape(title)}</b><span class="keys">{keys}</span></figcaption>'
+        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg></figure>'
+    )
 
 
 def heat_map(matrix: NDArray[np.int64], names: tuple[str, ...]) -> str:

@@ -28,9 +28,13 @@ from segvit.contracts import UserError
 from segvit.files import write_json, write_text
 
 STATE = Path("checkpoints") / "last" / "state.pt"
+PREVIOUS_STATE = Path("checkpoints") / "previous" / "state.pt"
 BEST_STATE = Path("checkpoints") / "best" / "state.pt"
 # What may differ between a run and its continuation: where and how it is watched, not what is computed.
-MAY_CHANGE = {"resume", "overwrite", "workers", "checkpoint_every", "val_every", "val_images", "steps", "epochs", "out"}
+MAY_CHANGE = {
+    "skip_check",
+    "resume", "overwrite", "workers", "cache", "checkpoint_every", "val_every", "val_images", "steps", "epochs", "out",
+}  # fmt: skip
 SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -68,7 +72,7 @@ def claim(folder: Path, config: dict[str, Any]) -> None:
     elif stored.exists() and not config["overwrite"]:
         raise UserError(f"{folder} holds a run; pass --resume to go on, --overwrite to replace it, or another --out")
     elif stored.exists():
-        for name in ("checkpoints", "model", "report"):
+        for name in ("checkpoints", "model", "report", "evaluation"):
             shutil.rmtree(folder / name, ignore_errors=True)
         for name in ("metrics.jsonl", "train.log", "val.json"):
             (folder / name).unlink(missing_ok=True)

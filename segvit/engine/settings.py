@@ -22,6 +22,9 @@ class Optim:
         lr_mult: Factors on the learning rate by substring of the parameter's name.
         decay_mult: Factors on the weight decay by substring of the parameter's name.
         clip: Largest total L2 norm of the gradient; None = no clipping.
+        layer_decay: Factor on the learning rate for each layer below the head: of the blocks of a plain ViT, of the
+            stages of a pyramid; 0.65 to 0.9 when a pretrained ViT is fine-tuned. None = one rate.
+        freeze: Regular expressions; parameters in whose names one is found do not train.
     """
 
     name: Literal["adamw", "sgd"] = "adamw"
@@ -32,6 +35,8 @@ class Optim:
     lr_mult: dict[str, float] = field(default_factory=lambda: {"head": 10.0})
     decay_mult: dict[str, float] = field(default_factory=lambda: {"norm": 0.0})
     clip: float | None = 35.0
+    layer_decay: float | None = None
+    freeze: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,9 +5,11 @@ One file, replaced by an atomic rename, is the whole checkpoint: a process kille
 
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +70,7 @@ def read_state(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: refused, the file holds pickled code and not a checkpoint of ours") from error
     except (RuntimeError, EOFError, OSError, ValueError) as error:
         raise UserError(
-            f"{path}: damaged ({str(error).partition(chr(10))[0]}); copy checkpoints/best/state.pt over it to go on "
-            "from there, or start again with --overwrite"
+            f"{path}: damaged ({str(error).partition(chr(10))[0]}); start again with --overwrite"
         ) from error
     found = state.get("format") if isinstance(state, dict) else None
     if found != FORMAT:
@@ -87,6 +88,32 @@ def restore_random(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["cpu"])
     if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def replace_state(path: Path, previous: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint and keep the one before it; a kill or a full disk at any moment leaves one of them whole."""
+    fresh = path.with_name(f"{path.name}.new")
+    save_state(fresh, state)
+    if path.exists():
+        previous.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, previous)
+    os.replace(fresh, path)
+
+
+def newest_state(candidates: Sequence[Path]) -> tuple[dict[str, Any], Path, list[str]]:
+    """The first checkpoint that can be read, which file it is, and why the ones before it cannot.
+
+    Raises UserError when none can.
+    """
+    problems: list[str] = []
+    for path in candidates:
+        if not path.exists():
+            continue
+        try:
+            return read_state(path), path, problems
+        except UserError as error:
+            problems.append(str(error))
+    raise UserError("; ".join(problems) or "there is no checkpoint to resume from; leave --resume out")
 
 
 def copy_state(source: Path, target: Path) -> None:

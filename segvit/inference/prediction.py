@@ -29,7 +29,7 @@ class Prediction:
 
     labels: NDArray[Any]  # (H, W) class ids, uint8 (uint16 above 255 classes), may hold the ignore id
     classes: Classes
-    image: NDArray[np.uint8] | None = None  # (H, W, 3) the picture itself
+    image: NDArray[np.uint8] | None = None  # (H, W, C) the picture itself
     scores: NDArray[np.float16] | None = None  # (K, H, W)
     name: str = ""
 
@@ -37,8 +37,8 @@ class Prediction:
         size, dtype = self.labels.shape, np.dtype(self.classes.dtype)
         if len(size) != 2 or self.labels.dtype != dtype:
             raise ValueError(f"labels are {self.labels.dtype} {size}; {len(self.classes)} classes need {dtype} (H, W)")
-        if self.image is not None and self.image.shape != (*size, 3):
-            raise ValueError(f"image is {self.image.shape} but labels are {size}; it must be {(*size, 3)}")
+        if self.image is not None and (self.image.ndim != 3 or self.image.shape[:2] != size):
+            raise ValueError(f"image is {self.image.shape} but labels are {size}; it must be {(*size, 'channels')}")
         if self.scores is not None and self.scores.shape != (len(self.classes), *size):
             raise ValueError(f"scores are {self.scores.shape}; they must be {(len(self.classes), *size)}")
 
@@ -75,7 +75,8 @@ class Prediction:
         """The image under its classes' colours, with outlines and, below it, a legend of the classes by area.
 
         `alpha` is the weight of the colours. Without an image the colours stand alone. Ignored pixels keep the image.
-        Images below 384 pixels are enlarged by a whole factor, so that the legend can be read.
+        Images below 384 pixels are enlarged by a whole factor, so that the legend can be read. Of other than RGB images
+        see `as_picture` for what is shown.
         """
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha is {alpha}; it must be between 0 and 1")
@@ -83,7 +84,7 @@ class Prediction:
         labels = self.labels.repeat(factor, 0).repeat(factor, 1)
         colors = colorize(labels, self.classes)
         if self.image is not None:
-            image = self.image.repeat(factor, 0).repeat(factor, 1)
+            image = as_picture(self.image).repeat(factor, 0).repeat(factor, 1)
             mixed = np.asarray(Image.blend(Image.fromarray(image), Image.fromarray(colors), alpha))
             colors = np.where((labels == self.classes.ignore_index)[..., None], image, mixed)
         outline = _outlines(labels, max(1, round(max(labels.shape) / 900)))
@@ -103,6 +104,11 @@ class Prediction:
     def _entries(self) -> list[Entry]:
         names, palette = self.classes.names, self.classes.palette
         return [Entry(palette[i], names[i], _share(n / self.labels.size)) for i, n in self._counts()]
+
+
+def as_picture(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """What people are shown of an image (H, W, C): its first three channels, or the first as gray: (H, W, 3)."""
+    return image[..., :3] if image.shape[2] >= 3 else image[..., [0, 0, 0]]
 
 
 class Entry(NamedTuple):

@@ -18,7 +18,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from segvit.contracts import Classes, Dense, InputSpec, Readout, Runtime, Size, UserError
-from segvit.data.decode import read_image, to_rgb
+from segvit.data.arrays import Levels, eight_bits
+from segvit.data.decode import from_picture, read_image
 from segvit.data.prepare import prepare
 from segvit.inference.prediction import Prediction
 from segvit.inference.windows import WindowedScores
@@ -68,6 +69,11 @@ class Views:
         if not self.scales or min(self.scales) <= 0:
             raise UserError(f"scales must be positive numbers, got {list(self.scales)}")
 
+    @property
+    def count(self) -> int:
+        """How many looks there are."""
+        return len(self.scales) * (2 if self.flip else 1)
+
     def __iter__(self) -> Iterator[tuple[float, bool]]:
         return ((scale, flip) for scale in self.scales for flip in ((False, True) if self.flip else (False,)))
 
@@ -93,17 +99,18 @@ class Predictor:
         self.views, self.windows_at_once = views, windows_at_once
 
     def __call__(self, source: str | Path | Image.Image | NDArray[Any] | Tensor, *, scores: bool = False) -> Prediction:
-        """Segment one image: a path, a PIL image, a uint8 (H, W, 3) array or a uint8 (3, H, W) tensor.
+        """Segment one image: a path, a PIL image, a uint8 (H, W, C) array or a uint8 (C, H, W) tensor.
 
-        With `scores` the result also holds all class scores (K, H, W) as float16.
+        C is the model's number of channels, 3 as a rule; see `as_image`. With `scores` the result also holds all class
+        scores (K, H, W) as float16.
         """
-        image, name = as_image(source)
+        image, name = as_image(source, channels=self.run.spec.channels, levels=self.run.spec.levels)
         labels, values = self.segment(image, scores=scores)
         return Prediction(labels=labels, classes=self.run.classes, image=image, scores=values, name=name)
 
     @torch.inference_mode()
     def segment(self, image: NDArray[np.uint8], *, scores: bool = False) -> tuple[NDArray[Any], NDArray[Any] | None]:
-        """Labels (H, W), uint8 or uint16 above 255 classes, of a uint8 (H, W, 3) image; on request scores (K, H, W)."""
+        """Labels (H, W), uint8 or uint16 above 255 classes, of a uint8 (H, W, C) image; on request scores (K, H, W)."""
         height, width = image.shape[:2]
         labels = np.empty((height, width), self.run.classes.dtype)
         kept = np.empty((len(self.run.classes), height, width), np.float16) if scores else None
@@ -112,6 +119,27 @@ class Predictor:
             if kept is not None:
                 kept[:, rows.start : rows.stop] = band.cpu().numpy()
         return labels, kept
+
+    @torch.inference_mode()
+    def read(self, image: NDArray[np.uint8]) -> tuple[NDArray[Any], NDArray[np.float32]]:
+        """Labels (H, W) as `segment` gives them, and how sure each is (H, W), in 0..1.
+
+        The winner's softmax, or its share of the scores where these are sums of probabilities (SegViT). Averaged views
+        are probabilities already.
+        """
+        labels = np.empty(image.shape[:2], self.run.classes.dtype)
+        sure = np.empty(image.shape[:2], np.float32)
+        for rows, band in self.bands(image):
+            best = band.max(0)
+            if self.views.count > 1:
+                share = best.values
+            elif self.run.readout.confidence == "share":
+                share = best.values / band.sum(0).clamp(min=1e-12)
+            else:
+                share = (best.values - band.logsumexp(0)).exp()
+            labels[rows.start : rows.stop] = best.indices.cpu().numpy()
+            sure[rows.start : rows.stop] = share.clamp(0, 1).cpu().numpy()
+        return labels, sure
 
     def bands(self, image: NDArray[np.uint8]) -> Iterator[tuple[range, Tensor]]:
         """Bands of class scores (K, R, W) at the image's own size, from top to bottom."""
@@ -144,18 +172,31 @@ def best_class(band: Tensor) -> Tensor:
     return band.max(0).indices.to(torch.uint8 if len(band) <= 255 else torch.int32)
 
 
-def as_image(source: str | Path | Image.Image | NDArray[Any] | Tensor) -> tuple[NDArray[np.uint8], str]:
-    """A source as uint8 (H, W, 3) and its name. Raises UserError for other types, shapes or value ranges."""
+def as_image(
+    source: str | Path | Image.Image | NDArray[Any] | Tensor, *, channels: int = 3, levels: Levels | None = None
+) -> tuple[NDArray[np.uint8], str]:
+    """A source as uint8 (H, W, channels) and its name.
+
+    Files and PIL images become that as training images do. Arrays and tensors must have these channels (one may be left
+    out) and be uint8; with `levels`, those that become 0 and 255, any other type will do.
+
+    Raises UserError for other types, shapes or value ranges.
+    """
     if isinstance(source, str | Path):
-        return read_image(Path(source)), str(source)
+        return read_image(Path(source), channels=channels, levels=levels), str(source)
     if isinstance(source, Image.Image):
-        return to_rgb(ImageOps.exif_transpose(source), "the picture"), ""
-    array = (
-        source.permute(1, 2, 0).cpu().numpy() if isinstance(source, Tensor) and source.ndim == 3 else np.asarray(source)
-    )
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
-        kind = "tensor (3, H, W)" if isinstance(source, Tensor) else "array (H, W, 3)"
+        return from_picture(ImageOps.exif_transpose(source), "the picture", channels=channels, levels=levels), ""
+    array = source.cpu().numpy() if isinstance(source, Tensor) else np.asarray(source)
+    if array.ndim == 2 and channels == 1:
+        array = array[..., None]
+    elif isinstance(source, Tensor) and array.ndim == 3:
+        array = array.transpose(1, 2, 0)
+    if array.dtype != np.uint8 and levels is not None:
+        array = eight_bits(array, "the array", levels)
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != channels or not array.size:
+        kind = f"tensor ({channels}, H, W)" if isinstance(source, Tensor) else f"array (H, W, {channels})"
         raise UserError(
-            f"an image {kind} must be uint8 with three channels and not empty, got {array.dtype} of shape {array.shape}"
+            f"an image {kind} must be uint8 with {channels} channels and not empty, got {array.dtype} of shape "
+            f"{array.shape}"
         )
     return np.ascontiguousarray(array), ""

@@ -48,7 +48,7 @@ def count_gflops(model: Model, size: Size) -> float:
     shadow = copy.deepcopy(model).to("meta").eval()
     counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
     with counter:
-        out = shadow(torch.empty(1, 3, *size, device="meta"))
+        out = shadow(torch.empty(1, model.spec.channels, *size, device="meta"))
         model.readout(out, size, range(size[0]))
     scores_resize = RESIZE * len(model.classes) * size[0] * size[1]
     return (counter.get_total_flops() / 2 + scores_resize) / 1e9

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from segvit.backbones.vit import PlainViT, plain_vit
 from segvit.contracts import Dense, Readout, Size
-from segvit.losses.cross_entropy import logits_at, pixel_counts, pixel_cross_entropy
+from segvit.losses.cross_entropy import logits_at, pixel_counts
+from segvit.losses.pixel import pixel_losses
 from segvit.nn.readout import logit_rows
 from segvit.nn.rename import Rules, rename
 from segvit.nn.tokens import map_tokens
@@ -95,10 +96,18 @@ READOUT = Readout(logit_rows)
 normalisers = pixel_counts
 
 
-def criterion(out: Dense, masks: Tensor, totals: dict[str, Tensor], *, ignore_index: int = 255) -> dict[str, Tensor]:
-    """Cross entropy over the pixels that are not ignored."""
-    logits = logits_at(out, masks)
-    return {"loss_ce": pixel_cross_entropy(logits, masks, total=totals["valid"], ignore_index=ignore_index)}
+def criterion(
+    out: Dense, masks: Tensor, totals: dict[str, Tensor], *, ignore_index: int = 255,
+    class_weights: Tensor | None = None, cross_entropy: float = 1.0, focal: float = 0.0, dice: float = 0.0,
+    lovasz: float = 0.0, ohem: float = 0.0, gamma: float = 2.0, ohem_threshold: float = 0.7,
+    ohem_min_kept: int = 100_000,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Cross entropy over the pixels that are not ignored; `pixel_losses` says what else there is."""
+    return pixel_losses(
+        logits_at(out, masks), masks, totals, ignore_index=ignore_index, class_weights=class_weights,
+        cross_entropy=cross_entropy, focal=focal, dice=dice, lovasz=lovasz, ohem=ohem, gamma=gamma,
+        ohem_threshold=ohem_threshold, ohem_min_kept=ohem_min_kept,
+    )  # fmt: skip
 
 
 def segmenter(
@@ -115,12 +124,13 @@ def segmenter(
     patch_size: int | None = None,
     depth: int | None = None,
     embed_dim: int | None = None,
+    in_channels: int = 3,
 ) -> Segmenter:
     """Segmenter on any plain ViT of timm; the named variants fix `backbone` (and `decoder`)."""
     vit = plain_vit(
         backbone, image_size=image_size, out_indices=(-1,), weights=weights, prefix_tokens="keep",
         final_norm=True, position_mode="bilinear", drop_path=drop_path, norm_eps=1e-5, checkpointing=checkpointing,
-        patch_size=patch_size, depth=depth, embed_dim=embed_dim,
+        patch_size=patch_size, depth=depth, embed_dim=embed_dim, in_channels=in_channels,
     )  # fmt: skip
     if decoder == "linear":
         return Segmenter(vit, LinearDecoder(vit.dim, num_classes=num_classes))

@@ -51,7 +51,8 @@ class AttentionToMask(nn.Module):
             mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=self.drop.p if self.training else 0.0)
             return self.proj(join_heads(mixed)), None
         scores = self.scale * (q @ k.mT)  # (B, M, K, N)
-        return self.proj(join_heads(self.drop(scores.softmax(-1)) @ v)), scores.mean(1)
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))  # masks are never in half precision
+        return self.proj(join_heads(self.drop(scores.softmax(-1)).to(v.dtype) @ v)), scores.mean(1)
 
 
 class DecoderLayer(nn.Module):
@@ -177,7 +178,7 @@ def init_head(head: nn.Module) -> None:
 
 def semantic(class_logits: Tensor, masks: Tensor) -> Tensor:
     """Class scores (B, K, h, w): softmax over classes and "no object", which is then left out, times the masks."""
-    return mix_masks(class_logits.softmax(-1)[..., :-1], masks.sigmoid())
+    return mix_masks(class_logits.to(masks.dtype).softmax(-1)[..., :-1], masks.sigmoid())
 
 
 def dense_output(outputs: list[tuple[Tensor, Tensor]], *, covers: Size, size: Size, fixed: Size | None) -> Dense:
@@ -261,11 +262,11 @@ def scores(out: Dense, size: Size, rows: range) -> Tensor:
     low = out.extras["masks"]
     masks = bilinear_rows(low, out.covers, rows)[..., : size[1]]
     fresh = low.shape[-1] != out.covers[1] and not masks.requires_grad  # otherwise a view, or needed by a gradient
-    probabilities = out.extras["class_logits"].softmax(-1)[..., :-1]
+    probabilities = out.extras["class_logits"].to(low.dtype).softmax(-1)[..., :-1]
     return mix_masks(probabilities, masks.sigmoid_() if fresh else masks.sigmoid())
 
 
-READOUT = Readout(scores, keeps=("class_logits", "masks", "canvas"))
+READOUT = Readout(scores, keeps=("class_logits", "masks", "canvas"), confidence="share")
 
 
 def normalisers(masks: Tensor, *, num_classes: int, ignore_index: int) -> dict[str, Tensor]:
@@ -275,13 +276,15 @@ def normalisers(masks: Tensor, *, num_classes: int, ignore_index: int) -> dict[s
 
 
 def criterion(
-    out: Dense, masks: Tensor, totals: dict[str, Tensor], *, ignore_index: int = 255, class_weight: float = 1.0,
-    mask_weight: float = 20.0, dice_weight: float = 1.0, no_object: float = 0.1, alpha: float = 0.25,
-    gamma: float = 2.0,
+    out: Dense, masks: Tensor, totals: dict[str, Tensor], *, ignore_index: int = 255,
+    class_weights: Tensor | None = None, class_weight: float = 1.0, mask_weight: float = 20.0,
+    dice_weight: float = 1.0, no_object: float = 0.1, alpha: float = 0.25, gamma: float = 2.0,
 ) -> dict[str, Tensor]:  # fmt: skip
     """ATMLoss: query k belongs to class k; the same three terms for the last output and, with `_i`, the earlier ones.
 
     Masks (B, H, W) integer; `totals` are the normalisers of the global batch. Only present classes have mask terms.
+    `class_weights` (K,) multiply the three terms of each present (image, class) pair and not their divisors; "no
+    object" keeps its own weight. None is the paper's loss.
     """
     num_classes = out.logits.shape[1]
     dtype = torch.promote_types(out.logits.dtype, torch.float32)  # losses never in half precision
@@ -289,7 +292,9 @@ def criterion(
     pairs = present.nonzero()  # (P, 2)
     targets = binary_targets(masks, pairs)
     labels = torch.where(present, torch.arange(num_classes, device=masks.device), num_classes)
-    weights = present.to(dtype) * (1 - no_object) + no_object
+    balance = torch.ones(num_classes, device=masks.device) if class_weights is None else class_weights
+    balance = balance.to(dtype)
+    weights, pair_weights = torch.where(present, balance, no_object), balance[pairs[:, 1]]  # (B, K), (P,)
     count = totals["present"].to(dtype)
     class_total = count + no_object * (totals["images"] * num_classes - count)
     losses: dict[str, Tensor] = {}
@@ -300,7 +305,8 @@ def criterion(
         losses[f"loss_ce{suffix}"] = class_weight * (weights * entropy).sum() / class_total
         chosen = masks_at(logits[pairs[:, 0], pairs[:, 1]].to(dtype), out.covers, (masks.shape[-2], masks.shape[-1]))
         focal, dice = (
-            term.sum() / count.clamp(min=1) for term in focal_and_dice(chosen, targets, alpha=alpha, gamma=gamma)
+            (pair_weights * term).sum() / count.clamp(min=1)
+            for term in focal_and_dice(chosen, targets, alpha=alpha, gamma=gamma)
         )
         losses |= {f"loss_mask{suffix}": mask_weight * focal, f"loss_dice{suffix}": dice_weight * dice}
     return losses
@@ -333,6 +339,7 @@ def segvit(
     patch_size: int | None = None,
     depth: int | None = None,
     embed_dim: int | None = None,
+    in_channels: int = 3,
 ) -> SegViT:
     """SegViT on any plain ViT of timm; the named variants fix `backbone` and `out_indices`.
 
@@ -344,7 +351,7 @@ def segvit(
     vit = plain_vit(
         backbone, image_size=image_size, out_indices=out_indices, weights=weights, prefix_tokens=prefix_tokens,
         final_norm=final_norm, drop_path=drop_path, attention_drop_path=attention_drop_path,
-        checkpointing=checkpointing, patch_size=patch_size, depth=depth, embed_dim=embed_dim,
+        checkpointing=checkpointing, patch_size=patch_size, depth=depth, embed_dim=embed_dim, in_channels=in_channels,
     )  # fmt: skip
     head = ATMHead(
         vit.dim, dim or vit.dim // 2, num_classes=num_classes, heads=heads or max(1, vit.dim // 64), layers=layers,
@@ -374,6 +381,7 @@ def segvit_shrunk(
     patch_size: int | None = None,
     depth: int | None = None,
     embed_dim: int | None = None,
+    in_channels: int = 3,
 ) -> ShrunkSegViT:
     """Shrunk SegViT on any plain ViT of timm: tokens are quartered at block `shrink_at` (0-based).
 
@@ -384,7 +392,7 @@ def segvit_shrunk(
     vit = plain_vit(
         backbone, image_size=image_size, out_indices=out_indices, weights=weights, prefix_tokens=prefix_tokens,
         drop_path=drop_path, attention_drop_path=attention_drop_path, checkpointing=checkpointing,
-        patch_size=patch_size, depth=depth, embed_dim=embed_dim,
+        patch_size=patch_size, depth=depth, embed_dim=embed_dim, in_channels=in_channels,
     )  # fmt: skip
     if not 0 <= shrink_at <= vit.out_indices[-1]:
         raise UserError(f"shrink_at {shrink_at} must be a block up to the last output, 0..{vit.out_indices[-1]}")

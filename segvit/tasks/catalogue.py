@@ -20,6 +20,7 @@ from segvit.zoo import MODELS, create_model, find_system, load_state, numbered_c
 LICENCES = {
     "vit_base_patch16_384.augreg_in21k_ft_in1k": ("Apache-2.0", "open"),
     "vit_large_patch16_384.augreg_in21k_ft_in1k": ("Apache-2.0", "open"),
+    "deit_base_patch16_384.fb_in1k": ("Apache-2.0", "open"),
     "vit_small_patch14_reg4_dinov2.lvd142m": ("Apache-2.0", "open"),
     "vit_base_patch14_reg4_dinov2.lvd142m": ("Apache-2.0", "open"),
 }
@@ -27,8 +28,10 @@ LICENCES = {
 
 def list_models() -> list[dict[str, str]]:
     """Every model with its default backbone and task."""
-    defaults = {name: inspect.signature(system.build).parameters["backbone"].default for name, system in MODELS.items()}
-    return [{"name": name, "backbone": str(defaults[name]), "task": MODELS[name].task} for name in MODELS]
+    return [
+        {"name": name, "backbone": str(_options(name).get("backbone", "its own")), "task": system.task}
+        for name, system in MODELS.items()
+    ]
 
 
 def model_info(
@@ -41,7 +44,7 @@ def model_info(
     model_name: str = recipe.get("model", "segvit_vit_small")
     options: dict[str, Any] = dict(recipe.get("options") or {})
     crop = (recipe.get("augment") or {}).get("crop")
-    if image_size is not None:
+    if image_size is not None and "image_size" in _options(model_name):
         options["image_size"] = image_size
     with torch.device("meta"):
         classes: int = num_classes or recipe.get("num_classes") or 150
@@ -54,8 +57,15 @@ def model_info(
 
 
 def _default_size(name: str, options: dict[str, Any]) -> tuple[int, int]:
-    size = options.get("image_size", inspect.signature(find_system(name).build).parameters["image_size"].default)
+    # Networks without position embeddings have no size of their own.
+    defaults: dict[str, Any] = {"image_size": 512} | _options(name)
+    size = options.get("image_size", defaults["image_size"])
     return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def _options(name: str) -> dict[str, Any]:
+    """The options of a model's builder with their defaults."""
+    return {key: option.default for key, option in inspect.signature(find_system(name).build).parameters.items()}
 
 
 def _recipe(path: str) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 import os
 import platform
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 import yaml
 
+from segvit import __version__
 from segvit.contracts import UserError
 from segvit.data.dataset import IMAGE_SUFFIXES, open_dataset
 from segvit.engine.evaluate import evaluate
@@ -21,7 +21,8 @@ from segvit.files import open_atomic, write_json
 from segvit.inference.prediction import Prediction
 from segvit.inference.predictor import Precision, Predictor, Views
 from segvit.metrics.confusion import COLUMNS
-from segvit.tasks.finish import protocol
+from segvit.tasks.console import aligned, progress_bar
+from segvit.tasks.finish import protocol, write_evaluation
 from segvit.zoo import load_model
 
 PACKAGES = ("segvit", "torch", "torchvision", "timm", "accelerate", "safetensors", "huggingface_hub", "numpy", "pillow")
@@ -37,39 +38,49 @@ class Evaluated:
 
 def predictor(model: str, *, views: Views, precision: Precision, device: str | None) -> Predictor:
     """A predictor from a run or model folder, on the GPU where there is one."""
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    where = device or default_device()
     if where.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("device is cuda but torch sees no GPU; use --device cpu, or see segvit doctor")
     return Predictor(load_model(model, device=where), precision=precision, views=views)
 
 
+def default_device() -> str:
+    """The GPU where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def evaluate_run(
-    run: str, data: str | None, split: str, *, views: Views, precision: Precision, device: str | None, workers: int
-) -> Evaluated:
-    """Evaluate a run on a dataset, by default its own."""
+    run: str, data: str | None, split: str, out: str | None, *, views: Views, precision: Precision,
+    device: str | None, workers: int,
+) -> Evaluated:  # fmt: skip
+    """Evaluate a run on a dataset, by default its own, and write metrics.json and index.html."""
     segment = predictor(run, views=views, precision=precision, device=device)
     source = data or _trained_on(run)
     dataset = open_dataset(source)
-    metrics = evaluate(segment, dataset, split, workers=workers).confusion.metrics()
-    words = protocol(segment.run.spec)
-    if len(list(views)) > 1:
-        mirrored = " and flip" if views.flip else ""
-        words = words.replace("single scale", f"scales {list(views.scales)}{mirrored}")
-    report = metrics.to_json(dataset.classes) | {"data": source, "split": split, "protocol": words}
-    summary = f"mIoU {metrics.miou:.4f}  mAcc {metrics.macc:.4f}  aAcc {metrics.aacc:.4f}"
+    with progress_bar("evaluating") as progress:
+        found = evaluate(segment, dataset, split, workers=workers, details=True, progress=progress)
+    metrics = found.confusion.metrics()
+    folder = Path(out) if out else _evaluation_folder(run, split)
+    words = protocol(segment.run.spec, views)
+    facts = {
+        "Model": run, "Data": source, "Split": split, "Images": f"{dataset.count(split)}", "Protocol": words,
+        "Precision": precision, "Device": device or default_device(), "Version": f"segvit {__version__}",
+    }  # fmt: skip
+    report = write_evaluation(folder, segment, dataset, split, found, facts) | {"report": str(folder / "index.html")}
+    summary = f"mIoU {metrics.miou:.4f}  mAcc {metrics.macc:.4f}  aAcc {metrics.aacc:.4f}  fwIoU {metrics.fwiou:.4f}"
+    if "boundary" in report and report["boundary"]["miou"] is not None:
+        summary += f"  boundary IoU {report['boundary']['miou']:.4f}"
+    if "calibration" in report and report["calibration"]["ece"] is not None:
+        summary += f"  ECE {report['calibration']['ece']:.4f}"
     table = aligned([COLUMNS, *metrics.table(dataset.classes)])
-    closing = f"{summary}  over {metrics.counted} classes\n{split} of {source}: {words}"
+    closing = f"{summary}  over {metrics.counted} classes\n{split} of {source}: {words}\n{folder / 'index.html'}"
     return Evaluated(report, f"{table}\n\n{closing}")
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells in columns: the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for first, *others in rows:
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *cells]))
-    return "\n".join(lines)
+def _evaluation_folder(run: str, split: str) -> Path:
+    """evaluation/SPLIT in the run folder, or here when the model is no run."""
+    inside = Path(run) if (Path(run) / "config.yaml").is_file() else Path()
+    return inside / "evaluation" / split
 
 
 def _trained_on(run: str) -> str:
@@ -101,21 +112,28 @@ def predict_files(
     check_names(list(images), [path for paths in names.values() for path in paths.values()])
     segment = predictor(model, views=views, precision=precision, device=device)
     written, failed = [], []
-    for image, paths in names.items():
-        try:
-            result = segment(image, scores=extra["scores"])
-        except UserError as error:
-            failed.append(str(error))
-            continue
-        result.save(paths["labels"])
-        if extra["overlay"]:
-            save_overlay(result, paths["overlay"])
-        if extra["scores"]:
-            result.save_scores(paths["scores"])
-        if extra["areas"]:
-            write_json(paths["areas"], result.areas())
-        written.append({"image": str(image)} | {kind: str(path) for kind, path in paths.items()})
+    with progress_bar("segmenting") as progress:
+        for done, (image, paths) in enumerate(names.items()):
+            progress(done, len(names))
+            try:
+                result = segment(image, scores=extra["scores"])
+            except UserError as error:
+                failed.append(str(error))
+                continue
+            write_prediction(result, paths)
+            written.append({"image": str(image)} | {kind: str(path) for kind, path in paths.items()})
     return Predicted(written, failed)
+
+
+def write_prediction(result: Prediction, paths: dict[str, Path]) -> None:
+    """Write what `paths` names: always the labels."""
+    result.save(paths["labels"])
+    if "overlay" in paths:
+        save_overlay(result, paths["overlay"])
+    if "scores" in paths:
+        result.save_scores(paths["scores"])
+    if "areas" in paths:
+        write_json(paths["areas"], result.areas())
 
 
 def output_names(labels: Path, extra: dict[str, bool]) -> dict[str, Path]:

@@ -1,9 +1,9 @@
-"""The end of a run: the saved model's figures on the whole val split, the model card and the report."""
+"""The end of a run, and of an evaluation: figures on a whole split, galleries of what went wrong, the model card."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -11,11 +11,12 @@ import torch
 from segvit import __version__
 from segvit.contracts import InputSpec
 from segvit.data.dataset import Dataset
-from segvit.engine.evaluate import Evaluation, evaluate, worst_images
-from segvit.engine.report import Picture, write_report
+from segvit.engine.evaluate import Evaluation, Suspect, evaluate, evaluation_record, ranked_images
+from segvit.engine.report import Gallery, Picture, write_report
 from segvit.engine.run import RunLog, read_history
 from segvit.files import write_json, write_text
-from segvit.inference.predictor import Predictor
+from segvit.inference.prediction import as_picture
+from segvit.inference.predictor import Predictor, Views
 from segvit.metrics.confusion import Metrics
 from segvit.tasks.experiment import Experiment
 from segvit.zoo import load_model
@@ -23,21 +24,29 @@ from segvit.zoo import load_model
 if TYPE_CHECKING:
     from segvit.contracts import Model
 
-PICTURES = 6
+PICTURES = 6  # worst, and best, images of a report
+MARGIN, CONTEXT = 0.6, 24  # what is shown around a suspicious region: a part of its sides, and pixels
 
 
 def finish(folder: Path, dataset: Dataset, experiment: Experiment, *, log: RunLog) -> Metrics | None:
     """Evaluate the saved model and write its card, val.json and report/index.html; None where there is no val split."""
     device = "cuda" if experiment.device != "cpu" and torch.cuda.is_available() else "cpu"
     model = load_model(folder / "model", device=device)
-    metrics, found = None, None
+    predictor = Predictor(model)
+    metrics, record, shown = None, None, []
     if "val" in dataset.splits and dataset.count("val"):
-        found = evaluate(Predictor(model), dataset, "val", workers=experiment.workers)
+        found = evaluate(predictor, dataset, "val", workers=experiment.workers, details=True)
         metrics = found.confusion.metrics()
-        write_json(folder / "val.json", metrics.to_json(dataset.classes) | {"protocol": protocol(model.spec)})
+        record = evaluation_record(found, dataset.classes) | {"protocol": protocol(model.spec)}
+        shown = galleries(predictor, dataset, "val", found)
+        write_json(folder / "val.json", record)
     write_text(folder / "model" / "README.md", model_card(model, experiment, metrics))
     path = folder / "report" / "index.html"
-    write_run_report(path, folder, dataset, model, experiment, found)
+    write_report(
+        path, title=f"{experiment.model} on {Path(experiment.data).name or experiment.data}",
+        facts=run_facts(model, experiment, dataset), history=read_history(folder), record=record,
+        classes=dataset.classes, galleries=shown,
+    )  # fmt: skip
     if metrics is not None:
         log.message(
             f"mIoU {metrics.miou:.4f} over {metrics.counted} classes on {dataset.count('val')} validation images"
@@ -46,13 +55,10 @@ def finish(folder: Path, dataset: Dataset, experiment: Experiment, *, log: RunLo
     return metrics
 
 
-def write_run_report(
-    path: Path, folder: Path, dataset: Dataset, model: Model, experiment: Experiment, found: Evaluation | None
-) -> None:
-    """The self-contained HTML report of a run."""
-    metrics = found.confusion.metrics() if found else None
+def run_facts(model: Model, experiment: Experiment, dataset: Dataset) -> list[tuple[str, str]]:
+    """What the report says of how a run was made."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    facts = [
+    return [
         ("Model", experiment.model),
         ("Options", ", ".join(f"{key}={value}" for key, value in model.config.options.items()) or "none"),
         ("Parameters", f"{parameters / 1e6:.2f} M"),
@@ -63,25 +69,69 @@ def write_run_report(
         ("Evaluation", protocol(model.spec)),
         ("Version", f"segvit {__version__}"),
     ]
+
+
+def write_evaluation(
+    folder: Path, predictor: Predictor, dataset: Dataset, split: str, found: Evaluation, facts: dict[str, str]
+) -> dict[str, Any]:
+    """metrics.json with the raw confusion matrix and index.html; returns what metrics.json holds."""
+    record = evaluation_record(found, dataset.classes) | {name.lower(): value for name, value in facts.items()}
+    write_json(folder / "metrics.json", record)
     write_report(
-        path, title=f"{experiment.model} on {Path(experiment.data).name or experiment.data}", facts=facts,
-        history=read_history(folder), metrics=metrics.to_json(dataset.classes) if metrics else None,
-        confusion=found.confusion.matrix if found else None, classes=dataset.classes,
-        pictures=pictures(dataset, model, found) if found else [],
+        folder / "index.html", title=f"{facts['Model']} on {split} of {Path(facts['Data']).name or facts['Data']}",
+        facts=list(facts.items()), record=record, classes=dataset.classes,
+        galleries=galleries(predictor, dataset, split, found),
+    )  # fmt: skip
+    return record
+
+
+def galleries(predictor: Predictor, dataset: Dataset, split: str, found: Evaluation) -> list[Gallery]:
+    """The worst and the best images, and the regions where label or prediction must be wrong."""
+    order = ranked_images(found)
+    worst = order[:PICTURES]
+    best = [index for index in reversed(order) if index not in worst][:PICTURES]
+    shown = [
+        Gallery(
+            title=title, text=text, pictures=[_picture(predictor, dataset, split, found, index) for index in chosen]
+        )
+        for title, text, chosen in (
+            ("Worst images", "Errors are red on the grey image; black pixels of a label are ignored and count neither "
+             "way.", worst),
+            ("Best images", "", best),
+        )
+    ]  # fmt: skip
+    suspects = Gallery(
+        title="Likely label errors",
+        text="Regions that the model reads with a confidence of 90 % or more as something else than their label, the "
+        "largest first. Some are mistakes of the model; many are mistakes of the label.",
+        pictures=[_cut_out(predictor, dataset, split, suspect) for suspect in found.suspects],
+    )
+    return [*shown, suspects]
+
+
+def _picture(predictor: Predictor, dataset: Dataset, split: str, found: Evaluation, index: int) -> Picture:
+    sample = dataset.read(split, index)
+    labels, _ = predictor.segment(sample.image)
+    return Picture(
+        sample.name, as_picture(sample.image), sample.mask, labels, f"mIoU {100 * found.image_miou[index]:.2f} %"
+    )
+
+
+def _cut_out(predictor: Predictor, dataset: Dataset, split: str, suspect: Suspect) -> Picture:
+    sample = dataset.read(split, suspect.image)
+    labels, _ = predictor.segment(sample.image)
+    top, bottom, left, right = suspect.box
+    above, aside = round(MARGIN * (bottom - top)) + CONTEXT, round(MARGIN * (right - left)) + CONTEXT
+    window = slice(max(0, top - above), bottom + above), slice(max(0, left - aside), right + aside)
+    names = dataset.classes.names
+    return Picture(
+        sample.name, as_picture(sample.image)[window], sample.mask[window], labels[window],
+        f"labelled {names[suspect.label]}, read as {names[suspect.prediction]} with {100 * suspect.confidence:.0f} % "
+        f"confidence, {suspect.pixels:,} pixels at row {top}, column {left}",
     )  # fmt: skip
 
 
-def pictures(dataset: Dataset, model: Model, found: Evaluation) -> list[Picture]:
-    """The worst validation images and what the model makes of them."""
-    predictor, shown = Predictor(model), []
-    for index in worst_images(found, PICTURES):
-        sample = dataset.read("val", index)
-        labels, _ = predictor.segment(sample.image)
-        shown.append(Picture(sample.name, sample.image, sample.mask, labels, found.image_miou[index]))
-    return shown
-
-
-def protocol(spec: InputSpec) -> str:
+def protocol(spec: InputSpec, views: Views = Views()) -> str:
     """How figures were measured, in words."""
     size = "images at their own size"
     if spec.scale:
@@ -89,7 +139,9 @@ def protocol(spec: InputSpec) -> str:
     elif spec.exact:
         size = f"resized to {spec.exact[0]} x {spec.exact[1]}"
     windows = f"windows of {spec.window} by steps of {spec.stride}" if spec.window else "whole images"
-    return f"single scale, {windows}, {size}, labels at the original resolution, ignored pixels left out"
+    scales = "single scale" if views.scales == (1.0,) else f"scales {list(views.scales)}"
+    mirrored = " and flip" if views.flip else ""
+    return f"{scales}{mirrored}, {windows}, {size}, labels at the original resolution, ignored pixels left out"
 
 
 def model_card(model: Model, experiment: Experiment, metrics: Metrics | None) -> str:

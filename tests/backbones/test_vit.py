@@ -348,3 +348,18 @@ def test_other_architectures_are_refused(name: str) -> None:
 def test_changed_architectures_take_no_weights() -> None:
     with pytest.raises(UserError, match="depth change the architecture"):
         plain_vit("vit_tiny_patch16_224", out_indices=[0], depth=1, weights="x.pth")
+
+
+@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize("channels", [1, 5])
+def test_images_of_any_number_of_channels(name: str, channels: int) -> None:
+    model = build(name, in_channels=channels)
+    assert model(torch.randn(1, channels, SIDE, SIDE)).maps[-1].shape[:2] == (1, 128)
+    assert model.mean == model.std == (0.5,) * channels
+
+
+def test_three_channels_keep_the_mean_of_the_pretraining() -> None:
+    assert build("vit_tiny_patch16_224").mean == (0.5, 0.5, 0.5)
+    assert build("vit_small_patch14_dinov2").mean == (0.485, 0.456, 0.406)
+    with pytest.raises(UserError, match="in_channels is 0"):
+        build("vit_tiny_patch16_224", in_channels=0)

@@ -92,10 +92,10 @@ def test_npz_of_augreg(prefix: str, tmp_path: Path) -> None:
     assert_same(model, source.state_dict())
 
 
-def resized(positions: Tensor, grid: tuple[int, int], head: int = 1) -> Tensor:
+def resized(positions: Tensor, grid: tuple[int, int], head: int = 1, mode: str = "bicubic") -> Tensor:
     side = round((positions.shape[1] - head) ** 0.5)
     maps = positions[:, head:].mT.unflatten(2, (side, side))
-    maps = F.interpolate(maps, size=grid, mode="bicubic", align_corners=False, antialias=False)
+    maps = F.interpolate(maps, size=grid, mode=mode, align_corners=False, antialias=False)
     return torch.cat([positions[:, :head], maps.flatten(2).mT], dim=1)
 
 
@@ -113,6 +113,9 @@ def test_another_image_size_resizes_positions_bicubic_without_antialias(suffix: 
         expected = resized(source["pos_embed"], (size[0] // 16, size[1] // 16))
         torch.testing.assert_close(model.pos_embed.data, expected)
         assert_same(model, source | {"pos_embed": model.pos_embed.data})
+        load_weights(model, str(path), position_mode="bilinear")
+        bilinear = resized(source["pos_embed"], (size[0] // 16, size[1] // 16), mode="bilinear")
+        torch.testing.assert_close(model.pos_embed.data, bilinear)
 
 
 @pytest.mark.parametrize("registers", [False, True])
@@ -260,3 +263,40 @@ def test_another_family(tmp_path: Path) -> None:
         for suffix in ("safetensors", "npz"):
             with pytest.raises(UserError, match="fit"):
                 load_weights(trunk(name), str(tmp_path / f"vit.{suffix}"))
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "npz"])
+def test_rgb_weights_for_other_channel_counts(suffix: str, tmp_path: Path) -> None:
+    source = trunk().state_dict()
+    path = tmp_path / f"vit.{suffix}"
+    if suffix == "npz":
+        np.savez(path, **jax_layout(source, heads=2, depth=2))
+    else:
+        save_file(source, path)
+    red, green, blue = source["patch_embed.proj.weight"].split(1, dim=1)
+    for channels, kernel in (
+        (1, red + green + blue),
+        (3, source["patch_embed.proj.weight"]),
+        (5, torch.cat([red, green, blue, red, green], dim=1) * 3 / 5),
+    ):
+        model = trunk(seed=2, in_chans=channels)
+        load_weights(model, str(path), needed=list(model.parameters()))
+        torch.testing.assert_close(model.patch_embed.proj.weight.data, kernel)
+        assert_same(model, source | {"patch_embed.proj.weight": model.patch_embed.proj.weight.data})
+
+
+def test_a_gray_image_gives_the_tokens_of_its_rgb_copy(tmp_path: Path) -> None:
+    save_file(trunk().state_dict(), tmp_path / "vit.safetensors")
+    gray, color = trunk(seed=2, in_chans=1), trunk(seed=3)
+    for model in (gray, color):
+        load_weights(model, str(tmp_path / "vit.safetensors"))
+    image = torch.randn(1, 1, 64, 64)
+    torch.testing.assert_close(gray.patch_embed(image), color.patch_embed(image.expand(-1, 3, -1, -1)))
+
+
+def test_weights_of_another_channel_count_that_is_not_rgb_do_not_fit(tmp_path: Path) -> None:
+    save_file(trunk(in_chans=4).state_dict(), tmp_path / "vit.safetensors")
+    with pytest.raises(UserError, match=r"1 of another shape .*patch_embed"):
+        load_weights(trunk(in_chans=5), str(tmp_path / "vit.safetensors"))
+    model = trunk(in_chans=4)
+    load_weights(model, str(tmp_path / "vit.safetensors"))

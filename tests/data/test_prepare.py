@@ -1,10 +1,12 @@
 """From an image to the network's input."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
-from segvit.contracts import InputSpec
+from segvit.contracts import InputSpec, UserError
 from segvit.data.prepare import normalise, pad, prepare, resize_for, target_size
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (45, 61, 3), dtype=np.uint8)
@@ -60,3 +62,33 @@ def test_padding_comes_at_the_right_and_bottom():
     again = pad(image, mask, (4, 5), 255)
     assert again[0] is image
     assert again[1] is mask
+
+
+@pytest.mark.parametrize("channels", [1, 5])
+def test_any_number_of_channels(channels):
+    image = np.random.default_rng(1).integers(0, 256, (45, 61, channels), dtype=np.uint8)
+    mean, std = tuple(0.1 * i for i in range(channels)), tuple(0.5 + 0.1 * i for i in range(channels))
+    spec = InputSpec(mean=mean, std=std, scale=(128, 40))
+    assert spec.channels == channels
+    prepared = prepare(image, spec)
+    assert prepared.shape == (channels, 40, 54)
+    resized = resize_for(image, spec).astype(np.float32) / 255
+    for i in range(channels):
+        single = prepare(image[..., [i]], InputSpec(mean=mean[i : i + 1], std=std[i : i + 1], scale=(128, 40)))
+        assert torch.equal(prepared[[i]], single)
+        np.testing.assert_allclose(prepared[i], (resized[..., i] - mean[i]) / std[i], atol=1e-5)
+
+
+def test_channels_must_be_those_of_the_spec():
+    with pytest.raises(UserError, match="the image has 3 channels but the model reads 5"):
+        normalise(IMAGE, InputSpec(mean=(0.5,) * 5, std=(0.5,) * 5))
+    with pytest.raises(UserError, match="mean has 1 values and std 3; give both one for each channel"):
+        InputSpec(mean=(0.5,))
+
+
+def test_channels_and_levels_travel():
+    spec = InputSpec(mean=(0.1, 0.2), std=(0.3, 0.4), levels=(0.0, 10000.0), window=(8, 8), stride=(4, 4))
+    assert InputSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+    older = InputSpec().to_json()
+    del older["levels"]  # folders saved before there were levels
+    assert InputSpec.from_json(older) == InputSpec()

@@ -5,7 +5,7 @@ import colorsys
 import numpy as np
 import pytest
 
-from segvit.contracts import Sample
+from segvit.contracts import Sample, UserError
 from segvit.data.transforms import (
     Augment,
     augment,
@@ -17,6 +17,7 @@ from segvit.data.transforms import (
     hue,
     photometric,
     random_flip,
+    rare_crop,
     resize_and_crop,
     rgb_to_hsv,
     saturation,
@@ -150,3 +151,94 @@ def test_the_source_is_never_changed():
         augment(sample, Augment(crop=(30, 30), ratio_range=(1.0, 1.0)), RNG(seed), 255)
     assert np.array_equal(sample.image, image)
     assert np.array_equal(sample.mask, mask)
+
+
+def speck(height=60, width=80):
+    """Grass and water with a speck of two by three pixels of a third class, and an unlabelled border."""
+    mask = np.zeros((height, width), np.uint8)
+    mask[:, width // 2 :] = 1
+    mask[20:22, 10:13] = 2
+    mask[0] = 255
+    return mask
+
+
+RARITY = 1 / np.sqrt(np.array([0.5, 0.4, 0.001, 0.1], np.float32))  # the last class is not in `speck`
+
+
+def test_rare_crops_hold_what_is_rare():
+    sample = Sample(np.zeros((60, 80, 3), np.uint8), speck())
+    options = {"crop": (16, 16), "ratio_range": (1.0, 1.0), "photometric": False, "cat_max_ratio": 1.0}
+    shares = {}
+    for probability in (0.0, 0.5, 1.0):
+        recipe = Augment(**options, rare_crops=probability)
+        masks = [augment(sample, recipe, RNG(seed), 255, RARITY).mask for seed in range(300)]
+        assert all(mask.shape == (16, 16) for mask in masks)
+        shares[probability] = np.mean([(mask == 2).any() for mask in masks])
+    # 17 of 45 x 18 of 65 places hold the speck; the class itself is drawn in 91 % of the rare crops.
+    assert 0.05 < shares[0.0] < 0.2
+    assert 0.4 < shares[0.5] < 0.65
+    assert 0.85 < shares[1.0] < 0.97
+
+
+def test_a_rare_crop_is_any_of_those_around_the_pixel():
+    mask = np.zeros((20, 30), np.uint8)
+    mask[9, 3] = 1
+    rng, rarity = RNG(0), np.array([0.0, 1.0])
+    found = {rare_crop(mask, (5, 6), rarity, rng) for _ in range(600)}
+    assert found == {(top, left) for top in range(5, 10) for left in range(4)}
+    assert {rare_crop(mask, (5, 60), rarity, rng) for _ in range(100)} == {(top, 0) for top in range(5, 10)}
+    assert rare_crop(mask, (20, 30), rarity, rng) == (0, 0)
+
+
+def test_classes_are_drawn_by_rarity_and_pixels_evenly():
+    mask = np.zeros((1, 40), np.uint8)
+    mask[0, 30:] = 1
+    mask[0, :4] = 255
+    rng = RNG(0)
+    places = np.array([rare_crop(mask, (1, 1), np.array([1.0, 3.0, 9.0]), rng)[1] for _ in range(4000)])
+    counts = np.bincount(places, minlength=40)
+    assert counts[:4].sum() == 0
+    assert counts[30:].sum() == pytest.approx(3000, rel=0.05)
+    assert counts[30:].min() > 230
+    assert counts[4:30].min() > 15
+
+
+def test_without_a_labelled_pixel_a_crop_lies_anywhere():
+    mask = np.full((40, 50), 255, np.uint8)
+    assert rare_crop(mask, (8, 8), RARITY, RNG(0)) is None
+    recipe = Augment(crop=(8, 8), rare_crops=1.0)
+    sample = Sample(np.zeros((40, 50, 3), np.uint8), mask)
+    assert resize_and_crop(sample, recipe, RNG(0), 255, RARITY).mask.shape == (8, 8)
+
+
+def test_ids_above_255_have_rare_crops_too():
+    mask = np.full((20, 20), 65535, np.uint16)
+    mask[3, 4] = 299
+    assert rare_crop(mask, (1, 1), np.ones(300), RNG(0)) == (3, 4)
+
+
+def test_rarity_changes_nothing_without_rare_crops():
+    sample, recipe = halves(), Augment(crop=(12, 12))
+    for seed in range(10):
+        plain, given = augment(sample, recipe, RNG(seed), 255), augment(sample, recipe, RNG(seed), 255, RARITY)
+        assert np.array_equal(plain.image, given.image)
+        assert np.array_equal(plain.mask, given.mask)
+
+
+def test_rare_crops_are_a_probability_and_need_the_rarity():
+    with pytest.raises(UserError, match=r"rare_crops is 1\.5; it is a probability"):
+        Augment(rare_crops=1.5)
+    with pytest.raises(ValueError, match="needs the rarity of the classes"):
+        augment(halves(), Augment(rare_crops=1.0), RNG(0), 255)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 5])
+def test_other_channel_counts_have_no_saturation_and_hue(channels):
+    image = RNG(1).integers(0, 256, (40, 50, channels), dtype=np.uint8)
+    sample = Sample(image, np.zeros((40, 50), np.uint8))
+    script = Scripted(1, 7.0, 1, 1, 1.25)  # brightness, by 7, contrast first, and it is drawn, by 1.25
+    result = photometric(sample, script)
+    assert script.answers == []
+    np.testing.assert_array_equal(result.image, contrast(brightness(image, 7.0), 1.25))
+    whole = augment(sample, Augment(crop=(16, 24), cat_max_ratio=1), RNG(2), 255)
+    assert whole.image.shape == (16, 24, channels)

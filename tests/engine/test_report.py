@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 
 from segvit.contracts import Classes
-from segvit.engine.charts import Series, curves, nice_ticks, smoothed
-from segvit.engine.report import Picture, top_confusions, write_report
+from segvit.engine.charts import Series, curves, dumbbells, nice_ticks, reliability, smoothed
+from segvit.engine.evaluate import Evaluation, evaluation_record
+from segvit.engine.report import Gallery, Picture, top_confusions, write_report
+from segvit.metrics.boundary import BoundaryCounts
+from segvit.metrics.calibration import CalibrationCounts
 from segvit.metrics.confusion import ConfusionMatrix
 
 VOID = {"meta", "img", "br"}
@@ -46,33 +49,38 @@ def table(count):
 
 
 def run(count=4, size=(48, 64), pictures=3):
-    """A confusion matrix in which the last class occurs nowhere, and pictures."""
+    """An evaluation in which the last class occurs nowhere, and pictures."""
     rng = np.random.default_rng(0)
-    counts, shown = ConfusionMatrix(count, 255), []
+    found = Evaluation(
+        ConfusionMatrix(count, 255), boundary=BoundaryCounts(count, 255), calibration=CalibrationCounts(255),
+        confidence="a test's",
+    )  # fmt: skip
+    shown = []
     for index in range(pictures):
         label = rng.integers(0, count - 1, size).astype(np.uint8)
         pred = np.where(rng.random(size) < 0.5 + 0.1 * index, label, rng.integers(0, count - 1, size)).astype(np.uint8)
         label[:4] = 255
         part = ConfusionMatrix(count, 255)
         part.update(pred, label)
-        counts.add(part)
+        found.confusion.add(part)
+        found.boundary.update(pred, label)
+        found.calibration.update(rng.random(size).astype(np.float32), pred, label)
         image = rng.integers(0, 256, (*size, 3)).astype(np.uint8)
-        shown.append(Picture(f"image <{index}>", image, label, pred, part.metrics().miou))
-    return counts, shown
+        shown.append(Picture(f"image <{index}>", image, label, pred, f"mIoU {100 * part.metrics().miou:.2f} %"))
+    return found, shown
 
 
 def write(path, *, count=4, history=(), size=(48, 64), empty=False, facts=(("Steps", "3 & more"),)):
-    counts, pictures = run(count, size)
+    found, pictures = run(count, size)
     classes = table(count)
     write_report(
         path / "index.html",
         title="A <run>",
         facts=list(facts),
         history=list(history),
-        metrics=None if empty else counts.metrics().to_json(classes),
-        confusion=None if empty else counts.matrix,
+        record=None if empty else evaluation_record(found, classes),
         classes=classes,
-        pictures=[] if empty else pictures,
+        galleries=[] if empty else [Gallery(title="Worst <images>", text="t", pictures=pictures)],
         notes=["a note with <angles>"],
     )
     html = (path / "index.html").read_text("utf-8")
@@ -108,15 +116,38 @@ def test_page_is_whole_and_self_contained(tmp_path):
     ):
         assert word in text
     assert page.tags.count("img") == 12
-    assert page.tags.count("svg") == 5
+    assert page.tags.count("svg") == 7
     assert not re.search(r"\bnan\b", html.lower().split("<body>")[1])
     assert len(html) < 400_000
 
 
-def test_worst_picture_first(tmp_path):
-    html, _ = write(tmp_path)
+def test_galleries_keep_their_order_and_remarks(tmp_path):
+    html, page = write(tmp_path)
     found = re.findall(r"<h3>image &lt;(\d)&gt;<span>mIoU ([\d.]+) %", html)
-    assert [float(value) for _, value in found] == sorted(float(value) for _, value in found)
+    assert [name for name, _ in found] == ["0", "1", "2"]
+    assert "Worst <images>" in "".join(page.text)
+
+
+def test_the_tables_show_boundaries_and_calibration(tmp_path):
+    html, page = write(tmp_path)
+    text = "".join(page.text)
+    assert "boundary IoU, mean over classes" in text
+    assert "expected calibration error" in text
+    assert "confident by" in text
+    assert "Confidence is a test's." in text
+    # Four classes, of which one occurs nowhere and has no line in the chart.
+    assert html.count('<line class="link"') == 3
+
+
+def test_reliability_has_a_block_for_each_filled_bin():
+    svg = reliability("c", [(0.1, 0.2, 0.5), (0.0, 0.0, 0.0), (0.9, 1.0, 0.5)])
+    assert svg.count("<title>") == 2
+    assert "confidence 0.90: right in 100.0 % (50.0 % of the pixels)" in svg
+
+
+def test_dumbbells_leave_out_what_is_undefined():
+    assert dumbbells("d", [("a", float("nan"), 0.5)], labels=("x", "y")) == ""
+    assert dumbbells("d", [("a <b>", 0.5, 0.25)], labels=("x", "y")).count("a &lt;b&gt;") == 2
 
 
 @pytest.mark.parametrize("rows", [[], history(1), history(5), [{"step": 7, "val": {"miou": None}}], [{"step": 1}]])
@@ -133,7 +164,7 @@ def test_run_without_validation(tmp_path):
 
 def test_many_classes_have_no_heat_map(tmp_path):
     html, page = write(tmp_path, count=40)
-    assert page.tags.count("svg") == 0
+    assert page.tags.count("svg") == 2  # edges and calibration
     assert html.count(" read as ") == 20
 
 

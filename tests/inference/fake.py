@@ -18,7 +18,7 @@ class FakeRuntime:
         generator = torch.Generator().manual_seed(classes)
         self.spec, self.classes, self.readout = InputSpec(**spec), numbered(classes), Readout(logit_rows)
         self.cell = cell
-        self.weight = torch.randn(classes, 3, cell, cell, generator=generator)
+        self.weight = torch.randn(classes, self.spec.channels, cell, cell, generator=generator)
         self.calls = []  # shapes of the inputs
 
     def __call__(self, images):

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from segvit.contracts import Classes, UserError
-from segvit.inference.prediction import Prediction, colorize
+from segvit.inference.prediction import Prediction, as_picture, colorize
 
 CLASSES = Classes(("sky", "road", "a rather long class name"), ((10, 20, 200), (128, 64, 128), (0, 200, 0)))
 
@@ -128,3 +128,11 @@ def test_what_does_not_fit_is_refused(given, message):
 def test_alpha_is_checked():
     with pytest.raises(ValueError, match="alpha is 2"):
         prediction().overlay(2)
+
+
+@pytest.mark.parametrize(("channels", "shown"), [(1, [0, 0, 0]), (2, [0, 0, 0]), (3, [0, 1, 2]), (5, [0, 1, 2])])
+def test_images_that_are_not_rgb_are_shown_gray_or_by_their_first_channels(channels, shown):
+    image = np.random.default_rng(0).integers(0, 256, (96, 96, channels), dtype=np.uint8)
+    np.testing.assert_array_equal(as_picture(image), image[..., shown])
+    of_channels, of_rgb = prediction(image=image).overlay(), prediction(image=image[..., shown]).overlay()
+    np.testing.assert_array_equal(np.asarray(of_channels), np.asarray(of_rgb))

@@ -122,6 +122,39 @@ def test_other_input_is_refused(source):
         Predictor(FakeRuntime())(source)
 
 
+@pytest.mark.parametrize("channels", [1, 5])
+def test_images_of_other_channel_counts(channels, tmp_path):
+    predict = Predictor(FakeRuntime(mean=(0.5,) * channels, std=(0.5,) * channels))
+    image = np.random.default_rng(0).integers(0, 256, (30, 41, channels), dtype=np.uint8)
+    np.savez(tmp_path / "a.npz", image=image)
+    expected = predict(image)
+    assert expected.image.shape == image.shape
+    for source in (tmp_path / "a.npz", torch.from_numpy(image).permute(2, 0, 1)):
+        np.testing.assert_array_equal(predict(source).labels, expected.labels)
+    with pytest.raises(UserError, match=rf"array \(H, W, {channels}\) must be uint8 with {channels} channels"):
+        predict(np.zeros((30, 41, 3), np.uint8))
+    with pytest.raises(UserError, match=rf"has 3 channels but the model reads {channels}"):
+        predict.segment(np.zeros((30, 41, 3), np.uint8))
+
+
+def test_one_channel_takes_gray_pictures_and_planes():
+    image = np.random.default_rng(0).integers(0, 256, (10, 12), dtype=np.uint8)
+    for source in (image, torch.from_numpy(image), Image.fromarray(image), image[..., None]):
+        np.testing.assert_array_equal(as_image(source, channels=1)[0], image[..., None])
+    assert as_image(Image.fromarray(picture(10, 12)), channels=1)[0].shape == (10, 12, 1)
+
+
+def test_raw_levels_become_what_they_were_in_training(tmp_path):
+    raw = np.random.default_rng(0).integers(0, 12000, (10, 12, 4), dtype=np.uint16)
+    np.savez(tmp_path / "a.npz", image=raw)
+    from_file = as_image(tmp_path / "a.npz", channels=4, levels=(0, 10000))[0]
+    np.testing.assert_array_equal(as_image(raw, channels=4, levels=(0, 10000))[0], from_file)
+    np.testing.assert_array_equal(from_file, np.floor(raw.clip(0, 10000).astype(float) * 255 / 10000 + 0.5))
+    np.testing.assert_array_equal(as_image(from_file, channels=4, levels=(0, 10000))[0], from_file)
+    with pytest.raises(UserError, match="must be uint8"):
+        as_image(raw, channels=4)
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"nothing\.jpg: no such file"):
         Predictor(FakeRuntime())(tmp_path / "nothing.jpg")

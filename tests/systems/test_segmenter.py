@@ -100,3 +100,20 @@ def test_dropout_acts_in_the_decoder_and_drop_path_in_the_encoder() -> None:
     assert rates == {0.2}
     assert {m.p for m in model.backbone.modules() if isinstance(m, nn.Dropout)} == {0.0}
     assert model.backbone.blocks[-1].drop_path1.drop_prob == pytest.approx(0.3)
+
+
+def test_the_criterion_is_cross_entropy_unless_asked_for_more(seeded: torch.Generator) -> None:
+    out, masks = build()(torch.randn(2, 3, 32, 32)), torch.randint(0, K, (2, 32, 32), dtype=torch.uint8)
+    totals = segmenter.normalisers(masks, num_classes=K, ignore_index=255)
+    plain = segmenter.criterion(out, masks, totals)
+    full = F.interpolate(out.logits, size=(32, 32), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(plain, {"loss_ce": F.cross_entropy(full, masks.long())})
+    weights = torch.arange(1.0, K + 1)
+    terms = segmenter.criterion(
+        out, masks, totals, class_weights=weights, cross_entropy=2.0, focal=1.0, dice=1.0, lovasz=1.0, ohem=1.0,
+        gamma=0.0, ohem_threshold=1.0, ohem_min_kept=0,
+    )  # fmt: skip
+    assert list(terms) == ["loss_ce", "loss_focal", "loss_ohem", "loss_dice", "loss_lovasz"]
+    expected = (F.cross_entropy(full, masks.long(), reduction="none") * weights[masks.long()]).mean()
+    for name, factor in (("ce", 2), ("focal", 1), ("ohem", 1)):  # with these options all three are cross entropy
+        torch.testing.assert_close(terms[f"loss_{name}"], factor * expected)

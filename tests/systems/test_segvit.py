@@ -162,6 +162,24 @@ def test_mask_losses_only_for_present_classes(monkeypatch: pytest.MonkeyPatch) -
     assert list(terms) == [f"loss_{kind}{suffix}" for suffix in ("", "_0", "_1") for kind in ("ce", "mask", "dice")]
 
 
+def test_class_weights_multiply_the_terms_of_present_pairs(seeded: torch.Generator) -> None:
+    masks = torch.zeros(2, 32, 32, dtype=torch.uint8)
+    masks[0, :20] = 2
+    out, totals = plain()(torch.randn(2, 3, 32, 32)), normalisers(masks, num_classes=K, ignore_index=255)
+    paper = criterion(out, masks, totals)
+    equal = criterion(out, masks, totals, class_weights=torch.ones(K))
+    assert all(torch.equal(value, equal[name]) for name, value in paper.items())
+    weights = [torch.ones(K), torch.ones(K), torch.ones(K)]
+    weights[0][0], weights[1][2], weights[2][1] = 5.0, 3.0, 7.0
+    first, second, absent = (criterion(out, masks, totals, class_weights=weight) for weight in weights)
+    both = criterion(out, masks, totals, class_weights=torch.tensor([5.0, 1.0, 3.0, 1.0]))
+    for name, value in paper.items():
+        assert torch.equal(absent[name], value)
+        torch.testing.assert_close(both[name] - value, (first[name] - value) + (second[name] - value))
+        if "mask" in name or "dice" in name:  # these have only terms of present pairs
+            torch.testing.assert_close((first[name] - value) / 4 + (second[name] - value) / 2, value)
+
+
 def test_terms_by_hand(seeded: torch.Generator) -> None:
     masks = torch.zeros(2, 37, 50, dtype=torch.uint8)
     masks[0, :20], masks[1, :, :9] = 2, 255

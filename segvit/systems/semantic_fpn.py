@@ -1,0 +1,157 @@
+"""Semantic FPN: a feature pyramid network whose levels are brought to stride 4 and added; the decoder of PVT.
+
+Paper     A. Kirillov, R. Girshick, K. He, P. Dollar, "Panoptic Feature Pyramid Networks", CVPR 2019, arXiv 1901.02446;
+          on PVT: W. Wang et al., ICCV 2021, arXiv 2102.12122.
+Idea      1x1 convolutions and a top-down sum make four maps of one width; each is convolved and upsampled in steps to
+          stride 4; their sum is classified.
+Differs   from mmsegmentation's code: nothing known.
+Checked   tests/golden/semfpn__*, pvt__semfpn_full (open-mmlab/mmsegmentation 0.24.0 fpn.py, fpn_head.py).
+
+Shapes    B images, K classes, level i with C_i channels at stride s_i, P pyramid width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from segvit.backbones.pvt import PVT, pvt
+from segvit.backbones.pyramid import Pyramid, pyramid
+from segvit.contracts import Dense, Features, Readout, UserError
+from segvit.losses.cross_entropy import logits_at, pixel_counts
+from segvit.losses.pixel import pixel_losses
+from segvit.nn.fpn import FPN, FPN_RULES
+from segvit.nn.readout import logit_rows
+from segvit.nn.rename import Rules, rename
+
+PVT_DEPTHS = {"tiny": (2, 2, 2, 2), "small": (3, 4, 6, 3), "medium": (3, 4, 18, 3), "large": (3, 8, 27, 3)}
+
+
+class ScaleHead(nn.Sequential):
+    """3x3 convolutions with BatchNorm and ReLU, each followed by a doubling, from a stride down to the finest one."""
+
+    def __init__(self, inputs: int, dim: int, doublings: int) -> None:
+        parts: list[nn.Module] = []
+        for i in range(max(1, doublings)):
+            width = inputs if i == 0 else dim
+            parts += [nn.Conv2d(width, dim, 3, padding=1, bias=False), nn.BatchNorm2d(dim), nn.ReLU()]
+            if doublings:
+                parts.append(nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False))
+        super().__init__(*parts)
+
+
+class FPNHead(nn.Module):
+    """The levels of an FPN -> logits (B, K, h, w) at the finest of their strides."""
+
+    def __init__(
+        self, inputs: int, dim: int, *, strides: Sequence[int], num_classes: int, dropout: float = 0.1
+    ) -> None:
+        super().__init__()
+        doublings = [(stride // strides[0]).bit_length() - 1 for stride in strides]
+        self.scales = nn.ModuleList(ScaleHead(inputs, dim, count) for count in doublings)
+        self.drop = nn.Dropout2d(dropout)
+        self.classify = nn.Conv2d(dim, num_classes, 1)
+        nn.init.normal_(self.classify.weight, std=0.01)
+        nn.init.constant_(self.classify.get_parameter("bias"), 0.0)
+
+    def forward(self, levels: list[Tensor]) -> Tensor:
+        total = self.scales[0](levels[0])
+        for scale, level in zip(self.scales[1:], levels[1:], strict=True):
+            total = total + F.interpolate(scale(level), size=total.shape[-2:], mode="bilinear", align_corners=False)
+        return self.classify(self.drop(total))
+
+
+class SemanticFPN(nn.Module):
+    """Any pyramid with strides that double."""
+
+    def __init__(self, backbone: PVT | Pyramid, fpn: FPN, head: FPNHead) -> None:
+        super().__init__()
+        self.backbone, self.fpn, self.head = backbone, fpn, head
+
+    def forward(self, images: Tensor) -> Dense:
+        features: Features = self.backbone(images)
+        levels = self.fpn(features.maps)
+        extras = {f"p{i}": level for i, level in enumerate(levels, start=2)}
+        return Dense(self.head(levels), features.extras | extras, features.covers)
+
+
+READOUT = Readout(logit_rows)
+normalisers = pixel_counts
+
+
+def criterion(
+    out: Dense, masks: Tensor, totals: dict[str, Tensor], *, ignore_index: int = 255,
+    class_weights: Tensor | None = None, cross_entropy: float = 1.0, focal: float = 0.0, dice: float = 0.0,
+    lovasz: float = 0.0, ohem: float = 0.0,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Cross entropy as mmsegmentation takes it, over all pixels with ignored ones counting 0; or other losses."""
+    losses = pixel_losses(
+        logits_at(out, masks), masks, totals | {"valid": totals["pixels"]}, ignore_index=ignore_index,
+        class_weights=class_weights, cross_entropy=cross_entropy, focal=focal, dice=dice, lovasz=lovasz, ohem=ohem,
+    )  # fmt: skip
+    return losses
+
+
+def semantic_fpn(
+    *,
+    num_classes: int,
+    backbone: str = "pvt_v2_b2",
+    weights: str | None = None,
+    image_size: int = 224,
+    fpn_dim: int = 256,
+    head_dim: int = 128,
+    dropout: float = 0.1,
+    drop_path: float = 0.1,
+    in_channels: int = 3,
+) -> SemanticFPN:
+    """Semantic FPN on PVT v1 (`pvt_tiny` ... `pvt_large`) or any pyramid of timm with four doubling strides.
+
+    `image_size` is that of PVT v1's position embeddings and of no effect elsewhere.
+    """
+    size = backbone.removeprefix("pvt_")
+    trunk: PVT | Pyramid
+    if size in PVT_DEPTHS:
+        trunk = pvt(
+            depths=PVT_DEPTHS[size], image_size=image_size, drop_path=drop_path, in_channels=in_channels,
+            weights=weights,
+        )  # fmt: skip
+        strides = [4, 8, 16, 32]
+    else:
+        trunk = pyramid(backbone, weights=weights, drop_path=drop_path, in_channels=in_channels)
+        strides = trunk.strides
+    if any(second != 2 * first for first, second in zip(strides, strides[1:], strict=False)):
+        raise UserError(f"{backbone} has strides {strides}; Semantic FPN needs each to be twice the one before")
+    fpn = FPN(trunk.dims, fpn_dim)
+    head = FPNHead(fpn_dim, head_dim, strides=strides, num_classes=num_classes, dropout=dropout)
+    return SemanticFPN(trunk, fpn, head)
+
+
+semantic_fpn_pvt_tiny = partial(semantic_fpn, backbone="pvt_tiny")
+semantic_fpn_pvt_small = partial(semantic_fpn, backbone="pvt_small")
+semantic_fpn_pvt_medium = partial(semantic_fpn, backbone="pvt_medium")
+semantic_fpn_pvt_large = partial(semantic_fpn, backbone="pvt_large")
+semantic_fpn_pvt_v2_b0 = partial(semantic_fpn, backbone="pvt_v2_b0")
+semantic_fpn_pvt_v2_b2 = partial(semantic_fpn, backbone="pvt_v2_b2")
+
+OFFICIAL: Rules = (*FPN_RULES, (r"^decode_head\.conv_seg\.", "head.classify."))
+UNUSED = r"^backbone\.(cls_token$|norm\.|head\.)"
+STEPS: dict[Literal["conv", "bn"], int] = {"conv": 0, "bn": 1}  # of the four parts that stand for one of theirs
+
+
+def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Official checkpoints (whai362/PVT segmentation, mmsegmentation FPNHead) into ours."""
+    renamed = rename(state, OFFICIAL, unused=UNUSED)
+    return {_scale_key(key): value for key, value in renamed.items()}
+
+
+def _scale_key(key: str) -> str:
+    """`decode_head.scale_heads.2.4.bn.weight` -> `head.scales.2.9.weight`: their pairs are four modules here."""
+    if not key.startswith("decode_head.scale_heads."):
+        return key
+    _, _, level, place, part, rest = key.split(".", 5)
+    kind: Literal["conv", "bn"] = "conv" if part == "conv" else "bn"
+    return f"head.scales.{level}.{2 * int(place) + STEPS[kind]}.{rest}"
