@@ -22,8 +22,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
-from segvit.backbones.pvt import PatchEmbed, init
-from segvit.contracts import Features, Size
+from segvit.backbones.pvt import PatchEmbed, init, pad_to_least
+from segvit.contracts import Features, Size, UserError
 from segvit.nn.attention import join_heads, split_heads
 
 GROUPS = (64, 16, 1, 1)
@@ -113,10 +113,7 @@ class PGT(nn.Module):
         self.apply(init)
 
     def forward(self, images: Tensor) -> Features:
-        height, width = images.shape[-2:]
-        covers = (max(height, LEAST), max(width, LEAST))
-        x = F.pad(images, (0, covers[1] - width, 0, covers[0] - height))
-        maps = []
+        x, covers, maps = *pad_to_least(images, LEAST), []
         for i, stage in enumerate(self.stages):
             tokens, grid = stage(x)
             x = tokens.mT.unflatten(2, grid)
@@ -126,7 +123,18 @@ class PGT(nn.Module):
         return Features(maps, [STRIDES[i] for i in self.out_indices], grid, covers)
 
 
-pgt_tiny = partial(PGT, dim=64, depths=(2, 2, 6, 2), heads=(2, 4, 8, 16))
-pgt_small = partial(PGT, dim=96, depths=(2, 2, 6, 2), heads=(3, 6, 12, 24))
-pgt_base = partial(PGT, dim=96, depths=(2, 2, 18, 2), heads=(3, 6, 12, 24))
-pgt_large = partial(PGT, dim=128, depths=(2, 2, 18, 2), heads=(4, 8, 16, 32))
+def pgt(*, dim: int, depths: Sequence[int], drop_path: float = 0.0, in_channels: int = 3) -> PGT:
+    """PGT with `dim` channels in the first stage and twice as many in each next, 32 of them a head.
+
+    The named ones are those of the authors' configurations. Raises UserError for sizes that do not fit.
+    """
+    if dim < 32 or dim % 32 or len(depths) != len(STRIDES) or min(depths) < 1:
+        raise UserError(f"dim {dim} must be a multiple of 32 and depths {list(depths)} 4 values from 1")
+    heads = [dim // 32 << i for i in range(len(depths))]
+    return PGT(dim=dim, depths=depths, heads=heads, drop_path=drop_path, in_channels=in_channels)
+
+
+pgt_tiny = partial(pgt, dim=64, depths=(2, 2, 6, 2))
+pgt_small = partial(pgt, dim=96, depths=(2, 2, 6, 2))
+pgt_base = partial(pgt, dim=96, depths=(2, 2, 18, 2))
+pgt_large = partial(pgt, dim=128, depths=(2, 2, 18, 2))

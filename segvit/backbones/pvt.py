@@ -18,7 +18,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,6 +32,10 @@ from segvit.contracts import Features, Size, UserError
 from segvit.nn.attention import join_heads, split_heads
 
 STRIDES = (4, 8, 16, 32)
+DIMS, HEADS = (64, 128, 320, 512), (1, 2, 5, 8)
+DEPTHS = {
+    "pvt_tiny": (2, 2, 2, 2), "pvt_small": (3, 4, 6, 3), "pvt_medium": (3, 4, 18, 3), "pvt_large": (3, 8, 27, 3),
+}  # fmt: skip
 LEAST = 32  # pixels a side: one token in the last stage, one reduced token in each
 
 
@@ -116,10 +119,7 @@ class PVT(nn.Module):
             nn.init.trunc_normal_(self.get_parameter(f"pos_embed{stage}"), std=0.02)
 
     def forward(self, images: Tensor) -> Features:
-        height, width = images.shape[-2:]
-        covers = (max(height, LEAST), max(width, LEAST))
-        x = F.pad(images, (0, covers[1] - width, 0, covers[0] - height))
-        maps = []
+        x, covers, maps = *pad_to_least(images, LEAST), []
         for stage in range(1, 5):
             tokens, grid = self.embed(x, stage)
             positions = self.positions(stage, grid)
@@ -148,6 +148,13 @@ class PVT(nn.Module):
             return stored
         square = stored.mT.unflatten(2, (side, side))
         return F.interpolate(square, size=grid, mode="bilinear", align_corners=False).flatten(2).mT
+
+
+def pad_to_least(images: Tensor, least: int) -> tuple[Tensor, Size]:
+    """Images of at least that many pixels a side, with zeros at the right and the bottom, and their size."""
+    below, right = max(0, least - images.shape[-2]), max(0, least - images.shape[-1])
+    padded = F.pad(images, (0, right, 0, below)) if below or right else images
+    return padded, (padded.shape[-2], padded.shape[-1])
 
 
 class PVTClassifier(nn.Module):
@@ -188,16 +195,27 @@ def init(module: nn.Module) -> None:
 
 
 def pvt(
-    *, depths: tuple[int, int, int, int], dims: tuple[int, int, int, int] = (64, 128, 320, 512), image_size: int = 224,
-    drop_path: float = 0.1, in_channels: int = 3, weights: str | None = None, strict_positions: bool = False,
+    name: str, *, weights: str | None = None, image_size: int = 224, drop_path: float = 0.1,
+    depths: Sequence[int] | None = None, dims: Sequence[int] | None = None, in_channels: int = 3,
+    strict_positions: bool = False,
 ) -> PVT:  # fmt: skip
-    """PVT v1 of the given depths; the named ones are the paper's table 1.
+    """PVT v1 by name: pvt_tiny, pvt_small, pvt_medium or pvt_large, the paper's table 1.
 
     `image_size` is that of the position embeddings. `weights` is a local official checkpoint (pvt_tiny.pth ...), of the
-    classifier or of a dense model. Raises UserError when it does not fit.
+    classifier or of a dense model. `depths` and `dims` change the named architecture, for training from nothing.
+    Raises UserError for an unknown name, and for sizes or weights that do not fit.
     """
+    if name not in DEPTHS:
+        raise UserError(f"there is no PVT {name!r}; choose from {', '.join(DEPTHS)}")
+    depths, dims = depths or DEPTHS[name], dims or DIMS
+    if not len(depths) == len(dims) == len(HEADS) or min(depths) < 1:
+        raise UserError(f"depths {list(depths)} and dims {list(dims)} must have 4 values each, depths from 1")
+    if any(dim % heads for dim, heads in zip(dims, HEADS, strict=True)):
+        raise UserError(f"dims {list(dims)} must be multiples of the numbers of heads {list(HEADS)}")
+    if image_size < LEAST:
+        raise UserError(f"position embeddings are for images of {LEAST} pixels a side or more, not {image_size}")
     network = PVT(
-        dims=dims, heads=(1, 2, 5, 8), ratios=(8, 8, 4, 4), depths=depths, image_size=image_size,
+        dims=dims, heads=HEADS, ratios=(8, 8, 4, 4), depths=depths, image_size=image_size,
         drop_path=drop_path, in_channels=in_channels, strict_positions=strict_positions,
     )  # fmt: skip
     if weights is not None:
@@ -228,9 +246,3 @@ def load_official(network: PVT, weights: str) -> None:
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{weights} does not fit this PVT ({reason}); choose the matching size") from error
-
-
-pvt_tiny = partial(pvt, depths=(2, 2, 2, 2))
-pvt_small = partial(pvt, depths=(3, 4, 6, 3))
-pvt_medium = partial(pvt, depths=(3, 4, 18, 3))
-pvt_large = partial(pvt, depths=(3, 8, 27, 3))

@@ -1,23 +1,26 @@
 """Feature pyramids of timm (PVT v2, Swin, ConvNeXt, ResNet ...) behind the backbone contract.
 
 Images are padded with zeros to whole cells of the coarsest map, so that every map covers the same area at any size.
+Families that take images of one size only (MaxViT, CoaT, Hiera ...) stay so.
 
 Shapes    B images, stage i with C_i channels at stride s_i.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+import sys
+from collections.abc import Callable
 from typing import Any, cast
 
 import timm
 import torch
-import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from segvit.backbones.weights import read_state, unwrap
+from segvit.backbones.weights import find_state
 from segvit.contracts import Features, UserError
+from segvit.nn.tokens import pad_to_patches
 
 
 class Pyramid(nn.Module):
@@ -35,12 +38,11 @@ class Pyramid(nn.Module):
         self.std = tuple(known.get("std", IMAGENET_DEFAULT_STD)) if rgb else (0.5,) * in_channels
 
     def forward(self, images: Tensor) -> Features:
-        height, width = images.shape[-2:]
         cell = self.strides[-1]
-        below, right = -height % cell, -width % cell
-        maps = self.stages(F.pad(images, (0, right, 0, below)))
+        padded = pad_to_patches(images, (cell, cell))
+        maps = self.stages(padded)
         grid = (maps[0].shape[-2], maps[0].shape[-1])
-        return Features(maps, list(self.strides), grid, (height + below, width + right))
+        return Features(maps, list(self.strides), grid, (padded.shape[-2], padded.shape[-1]))
 
     def stages(self, images: Tensor) -> list[Tensor]:
         """The maps (B, C_i, h_i, w_i) of images whose sides are whole cells."""
@@ -54,49 +56,64 @@ def pyramid(
 ) -> Pyramid:  # fmt: skip
     """Any feature pyramid of timm by name, such as `pvt_v2_b2`, `swin_tiny_patch4_window7_224` or `resnet50`.
 
-    `out_indices` count the stages of the network; by default the last four. `weights` is "timm" for the hub's tag of that name, or a local file in
-    timm's layout. `image_size` is for families whose windows or embeddings need one.
+    `out_indices` count the stages of the network; by default the last four. `weights` is a hub name (a timm tag such as
+    `pvt_v2_b2.in1k`, or `org/repo`) or a local file, in timm's layout or one that timm knows. `image_size` is for
+    families whose windows or embeddings need one.
 
-    Raises UserError for a name that timm lacks or that has no stages, and for weights that cannot be had.
+    Raises UserError for a name that timm lacks or that has no stages, and for weights that cannot be had or do not fit.
     """
-    options: dict[str, Any] = {"in_chans": in_channels, "features_only": True, "out_indices": out_indices}
-    options |= {"drop_path_rate": drop_path} if drop_path else {}
-    options |= {"img_size": image_size} if image_size is not None else {}
-    if name.startswith("swin"):
-        options |= {"strict_img_size": False}
+    if in_channels < 1:
+        raise UserError(f"in_channels is {in_channels}; images have 1 channel or more")
     if not timm.is_model(name.partition(".")[0]):
         raise UserError(f"timm has no model {name!r}; see timm.list_models, such as pvt_v2_b2 or resnet50")
+    options: dict[str, Any] = {"in_chans": in_channels}
+    options |= {"drop_path_rate": drop_path} if drop_path else {}
+    options |= {"img_size": image_size} if image_size is not None else {}
+    options |= {"strict_img_size": False} if name.startswith("swin_") else {}
     try:
-        network = timm.create_model(name, pretrained=weights == "timm", **options)
+        network = timm.create_model(name, features_only=True, out_indices=out_indices, **options)
     except (TypeError, RuntimeError, AssertionError, IndexError) as error:
-        raise UserError(f"{name} gives no feature pyramid with these options ({error}); choose another") from error
-    except OSError as error:
-        raise UserError(f"weights of {name} are not to be had from the hub ({error}); give a local file") from error
+        raise UserError(f"{name} gives no feature pyramid with these options ({error}); change one of them") from error
+    with torch.device("meta"):  # as a classifier, which knows what the wrapper that collects stages does not tell
+        whole = timm.create_model(name, **options)
+    if weights is not None:
+        load_pyramid(network, whole, weights)
     info = cast(Any, network).feature_info
-    if weights is not None and weights != "timm":
-        load_local(network, weights)
+    last = vars(whole).get("output_fmt") == "NHWC"
     return Pyramid(
-        network,
-        dims=list(info.channels()),
-        strides=list(info.reduction()),
-        channels_last=is_channels_last(name),
-        in_channels=in_channels,
+        network, dims=list(info.channels()), strides=list(info.reduction()), channels_last=last, in_channels=in_channels
     )
 
 
-def is_channels_last(name: str) -> bool:
-    """Whether the family's stages are (B, h, w, C), which the wrapper that collects stages does not tell."""
-    with torch.device("meta"):
-        return vars(timm.create_model(name)).get("output_fmt") == "NHWC"
+def load_pyramid(network: nn.Module, whole: nn.Module, weights: str) -> None:
+    """Load a classifier's weights into its stages, in place; `whole` is the classifier on the meta device.
 
-
-def load_local(network: nn.Module, weights: str) -> None:
-    """Weights in timm's layout from a file, in place; parts of the classifier are left out."""
-    state = unwrap(read_state(Path(weights).expanduser()))
-    own = network.state_dict()
-    flat = {key.replace(".", "_", 1) if key.replace(".", "_", 1) in own else key: value for key, value in state.items()}
-    used = {key: value for key, value in flat.items() if key in own}
+    Raises UserError when they cannot be had, or a part of a stage is missing, unknown or of another shape.
+    """
+    state: dict[str, Tensor] = dict(known_layout(whole)(find_state(weights)))
+    config = vars(whole)["pretrained_cfg"]
+    first: str | tuple[str, ...] = config.get("first_conv") or ()
+    for place in (first,) if isinstance(first, str) else first:
+        kernel = state.get(f"{place}.weight")
+        channels = whole.get_parameter(f"{place}.weight").shape[1]
+        if kernel is not None and kernel.shape[1] == 3:
+            state[f"{place}.weight"] = adapt_input_conv(channels, kernel)
+    own, known = network.state_dict(), whole.state_dict()
+    # The wrappers rename: what stands in a list becomes its own child, or the whole becomes one.
+    names = {key: (key, key.replace(".", "_", 1), f"model.{key}") for key in state}
+    used = {name: state[key] for key in state for name in names[key] if name in own}
     missing = [key for key in own if key not in used and not key.endswith(("num_batches_tracked", "attn_mask"))]
-    if missing:
-        raise UserError(f"{weights} does not fit: {len(missing)} keys missing, such as {missing[:2]}; choose its name")
+    unknown = [key for key in state if key not in known]
+    wrong = [key for key, value in used.items() if value.shape != own[key].shape]
+    if missing or unknown or wrong:
+        raise UserError(
+            f"{weights} does not fit: {len(missing)} keys missing {missing[:2]}, {len(unknown)} unknown {unknown[:2]}, "
+            f"{len(wrong)} of another shape {wrong[:2]}; choose the matching backbone"
+        )
     network.load_state_dict(used, strict=False)
+
+
+def known_layout(whole: nn.Module) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    """timm's own filter for the layouts that the family's weights come in; nothing is changed where it has none."""
+    function = vars(sys.modules[type(whole).__module__]).get("checkpoint_filter_fn")
+    return (lambda state: state) if function is None else (lambda state: dict(function(state, whole)))

@@ -73,6 +73,13 @@ def unwrap(state: dict[str, Any]) -> dict[str, Tensor]:
     return tensors
 
 
+def find_state(weights: str) -> dict[str, Tensor]:
+    """The tensors of a local file, or of a hub name (a timm tag or `org/repo`). Raises UserError without any."""
+    path = Path(weights).expanduser()
+    local = path.suffix in SUFFIXES or path.exists()
+    return unwrap(read_state(path) if local else _download(weights))
+
+
 def load_weights(
     trunk: nn.Module, weights: str, *, needed: Collection[nn.Parameter] = (),
     position_mode: Literal["bicubic", "bilinear"] = "bicubic",
@@ -88,8 +95,7 @@ def load_weights(
     if path.suffix == ".npz":
         _load_npz(trunk, path, position_mode)
         return
-    local = path.suffix in SUFFIXES or path.exists()
-    state = unwrap(read_state(path) if local else _download(weights))
+    state = find_state(weights)
     try:
         fitted = _filter(trunk, position_mode)(state, trunk)
     except (AttributeError, KeyError, ValueError, RuntimeError) as error:  # timm's filters trust what they are given

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from segvit.cli import data, models, run
+from segvit.cli import compare, data, models, run
 from segvit.cli.parsing import make_parser, parse, with_values
 from segvit.contracts import UserError
 from segvit.engine.interrupt import Stopped
@@ -21,6 +21,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "find_lr": run.find_lr,
     "val": run.val,
     "predict": run.predict,
+    "compare": compare.compare,
     "data check": data.check,
     "data init": data.init,
     "data convert": data.convert,

@@ -95,6 +95,19 @@ def train_batches(
     )  # fmt: skip
 
 
+def living(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The same batches; raises UserError when a process that loads them was killed."""
+    try:
+        yield from batches
+    except RuntimeError as error:  # torch has no class of its own for this
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            f"a loader process was killed ({str(error).partition(chr(10))[0]}), mostly for lack of memory; go on with "
+            "--resume and fewer --workers"
+        ) from error
+
+
 def samples(
     dataset: Dataset, split: str, *, indices: Sequence[int] | None = None, workers: int = 0
 ) -> Iterator[Sample]:

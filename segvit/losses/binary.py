@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -50,7 +49,7 @@ class _FocalAndDice(torch.autograd.Function):
         pixels = GPU_CHUNK if maps.is_cuda else CHUNK
         count = min(len(maps), max(1, pixels // (height * width)))
         buffers = maps.new_empty(7, count, height, width)  # once: fresh pages cost more than the arithmetic on them
-        focal, dice = maps.new_empty(2, len(maps))
+        focal, dice = maps.new_empty(len(maps)), maps.new_empty(len(maps))
         slopes = maps.new_empty(2, *maps.shape) if ctx.needs_input_grad[0] else None
         for first in range(0, len(maps), max(1, count)):
             chunk = slice(first, first + count)
@@ -86,7 +85,7 @@ def _values(
     torch.matmul(vertical, part @ horizontal.mT, out=against)
     against.addcmul_(against, inside, value=-2)
     torch.sigmoid(against, out=wrong)
-    entropy.copy_(F.softplus(against))
+    torch.logaddexp(against, against.new_zeros(()), out=entropy)  # softplus(s); its own function has no `out`
     torch.pow(wrong, gamma, out=power)
     torch.mul(power, entropy, out=product)
     everywhere = product.sum(dim=(1, 2))
@@ -107,7 +106,7 @@ def _slopes(
     """Write the derivatives of the losses of a chunk by its low-resolution logits into `results` (2, C, h, w)."""
     (alpha, gamma, _), (overlap, total) = options, dice
     inside, _, wrong, entropy, power, right, signed = scratch
-    torch.rsub(wrong, 1, out=right)
+    torch.sub(1, wrong, out=right)
     # d(q^g softplus(s)) / ds = q^g (g (1 - q) softplus(s) + q), and ds / dlogit is -1 inside, 1 outside.
     entropy.mul_(right).mul_(gamma).add_(wrong).mul_(power)
     torch.sub(1 - alpha, inside, out=signed)  # 1 - alpha outside, -alpha inside

@@ -5,7 +5,8 @@ Paper     Y. Hong, H. Pan, W. Sun, Y. Jia, "Deep Dual-resolution Networks for Re
 Idea      The high-resolution branch keeps places, the low-resolution one gathers context; both read each other's
           features after stages 3 and 4, and DAPPM pools the 1/64 map at five scales.
 Differs   from the official code: images are padded to a multiple of 8 with zeros and the scores cropped, so that any
-          size works (the original stops at others). BatchNorm instead of SyncBatchNorm; the engine synchronises it.
+          size works (the original stops at others). BatchNorm instead of SyncBatchNorm; the engine synchronises it. The
+          auxiliary head runs in training only.
 Checked   tests/golden/ddrnet__* (ydhongHIT/DDRNet DDRNet_23_slim.py, DDRNet_39.py).
 
 Shapes    B images, K classes, H W pixels, p planes. Feature maps before their ReLU unless said otherwise.
@@ -13,14 +14,19 @@ Shapes    B images, K classes, H W pixels, p planes. Feature maps before their R
 
 from __future__ import annotations
 
+import itertools
+import re
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from segvit.backbones.weights import read_state, unwrap
 from segvit.contracts import Dense, Readout, Size, UserError
 from segvit.losses.cross_entropy import logits_at, pixel_counts
 from segvit.losses.pixel import pixel_losses
@@ -53,8 +59,8 @@ class BasicBlock(nn.Module):
         self.relu = relu
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + self.downsample(x)
-        return F.relu(y) if self.relu else y
+        y = self.bn2(self.conv2(torch.relu_(self.bn1(self.conv1(x))))) + self.downsample(x)
+        return torch.relu_(y) if self.relu else y
 
 
 class Bottleneck(nn.Module):
@@ -68,7 +74,7 @@ class Bottleneck(nn.Module):
         self.downsample = shortcut(inputs, 2 * middle, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
+        y = torch.relu_(self.bn2(self.conv2(torch.relu_(self.bn1(self.conv1(x))))))
         return self.bn3(self.conv3(y)) + self.downsample(x)
 
 
@@ -87,7 +93,7 @@ def layer(inputs: int, outputs: int, blocks: int, stride: int = 1) -> nn.Sequent
 
 def unit(inputs: int, outputs: int, size: int = 1) -> list[nn.Module]:
     """BatchNorm, ReLU, convolution."""
-    return [nn.BatchNorm2d(inputs), nn.ReLU(), conv(inputs, outputs, size)]
+    return [nn.BatchNorm2d(inputs), nn.ReLU(inplace=True), conv(inputs, outputs, size)]
 
 
 class DAPPM(nn.Module):
@@ -126,7 +132,7 @@ class Head(nn.Module):
         self.bn2, self.conv2 = nn.BatchNorm2d(middle), conv(middle, num_classes, 1, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv2(F.relu(self.bn2(self.conv1(F.relu(self.bn1(x))))))
+        return self.conv2(torch.relu_(self.bn2(self.conv1(torch.relu_(self.bn1(x))))))
 
 
 class DDRNet(nn.Module):
@@ -142,8 +148,8 @@ class DDRNet(nn.Module):
         self.mean = IMAGENET_DEFAULT_MEAN if in_channels == 3 else (0.5,) * in_channels
         self.std = IMAGENET_DEFAULT_STD if in_channels == 3 else (0.5,) * in_channels
         self.conv1 = nn.Sequential(
-            conv(in_channels, p, stride=2, bias=True), nn.BatchNorm2d(p), nn.ReLU(),
-            conv(p, p, stride=2, bias=True), nn.BatchNorm2d(p), nn.ReLU(),
+            conv(in_channels, p, stride=2, bias=True), nn.BatchNorm2d(p), nn.ReLU(inplace=True),
+            conv(p, p, stride=2, bias=True), nn.BatchNorm2d(p), nn.ReLU(inplace=True),
         )  # fmt: skip
         self.layer1, self.layer2 = layer(p, p, layers[0]), layer(p, 2 * p, layers[1], 2)
         if split:
@@ -166,9 +172,11 @@ class DDRNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images: Tensor) -> Dense:
-        if self.training and len(images) == 1:
+        norm = self.spp.scale4[1]
+        if len(images) == 1 and norm.training and isinstance(norm, nn.BatchNorm2d):
             raise UserError(
-                "DDRNet pools the whole image before a BatchNorm, so it trains with 2 images a process or more"
+                "DDRNet normalises over a batch what it has pooled over whole images, so it cannot train on single "
+                "images; raise batch_size or lower accumulate until 2 or more go through at once"
             )
         images = pad_to_patches(images, (STRIDE, STRIDE))
         covers = (images.shape[-2], images.shape[-1])
@@ -181,7 +189,8 @@ class DDRNet(nn.Module):
         else:
             low, high = self.layer3(F.relu(x)), self.layer3_(F.relu(x))
             low, high = exchange(low, high, self.compression3, self.down3)
-        extras = {"aux": self.seghead_extra(high)} if self.seghead_extra is not None else {}
+        aux = self.seghead_extra if self.training else None
+        extras = {} if aux is None else {"aux": aux(high)}
         low, high = self.layer4(F.relu(low)), self.layer4_(F.relu(high))
         low, high = exchange(low, high, self.compression4, self.down4)
         high, low = self.layer5_(F.relu(high)), self.layer5(F.relu(low))
@@ -205,35 +214,28 @@ def compression(inputs: int, outputs: int) -> nn.Sequential:
 def down(*widths: int) -> nn.Sequential:
     """3x3 convolutions of stride 2 through the given widths, ReLU between them."""
     parts: list[nn.Module] = []
-    for inputs, outputs in zip(widths, widths[1:], strict=False):
-        parts += [conv(inputs, outputs, stride=2), nn.BatchNorm2d(outputs), nn.ReLU()]
+    for inputs, outputs in itertools.pairwise(widths):
+        parts += [conv(inputs, outputs, stride=2), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
     return nn.Sequential(*parts[:-1])
 
 
 def fold_batch_norm(model: DDRNet) -> DDRNet:
     """The same network for inference, in place: every BatchNorm that follows a convolution becomes part of it.
 
-    The pre-activation norms of DAPPM and the heads stay. Call in eval mode; the folded network does not train.
+    The pre-activation norms of DAPPM and the heads stay, the auxiliary head goes, and the weights are laid out channels
+    last, which is what CPUs and tensor cores are fast at. The result neither trains nor saves as a model: fold what is
+    loaded. Raises UserError for a model in training mode.
     """
+    if model.training:
+        raise UserError("only a network in evaluation mode can be folded; call model.eval() first")
+    model.seghead_extra = None
     for module in list(model.modules()):
-        if isinstance(module, BasicBlock | Bottleneck):
-            for number in (1, 2) if isinstance(module, BasicBlock) else (1, 2, 3):
-                fold(module, f"conv{number}", f"bn{number}")
-        elif isinstance(module, Head):
-            fold(module, "conv1", "bn2")
-        elif isinstance(module, nn.Sequential):
-            places = [str(i) for i in range(len(module))]
-            for first, second in zip(places, places[1:], strict=False):
-                fold(module, first, second)
-    return model
-
-
-def fold(parent: nn.Module, convolution: str, norm: str) -> None:
-    """Replace a convolution and the norm behind it by one convolution; any other pair is left alone."""
-    first, second = parent.get_submodule(convolution), parent.get_submodule(norm)
-    if isinstance(first, nn.Conv2d) and isinstance(second, nn.BatchNorm2d):
-        parent.add_module(convolution, fuse_conv_bn_eval(first, second))
-        parent.add_module(norm, nn.Identity())
+        parts = list(module.named_children())  # registered in the order in which they run
+        for (name, first), (norm_name, second) in itertools.pairwise(parts):
+            if isinstance(first, nn.Conv2d) and isinstance(second, nn.BatchNorm2d):
+                module.add_module(name, fuse_conv_bn_eval(first, second))
+                module.add_module(norm_name, nn.Identity())
+    return model.to(memory_format=torch.channels_last)
 
 
 READOUT = Readout(logit_rows)
@@ -242,28 +244,25 @@ normalisers = pixel_counts
 
 def criterion(
     out: Dense, masks: Tensor, totals: dict[str, Tensor], *, ignore_index: int = 255,
-    class_weights: Tensor | None = None, cross_entropy: float = 0.0, ohem: float = 1.0, dice: float = 0.0,
-    lovasz: float = 0.0, focal: float = 0.0, ohem_threshold: float = 0.9, ohem_min_kept: int = 131_072,
-    aux_weight: float = 0.4,
+    class_weights: Tensor | None = None, cross_entropy: float = 0.0, focal: float = 0.0, dice: float = 0.0,
+    lovasz: float = 0.0, ohem: float = 1.0, gamma: float = 2.0, ohem_threshold: float = 0.9,
+    ohem_min_kept: int = 131_072, aux_weight: float = 0.4,
 ) -> dict[str, Tensor]:  # fmt: skip
     """OHEM cross entropy of the main and the auxiliary logits (the recipe of the Cityscapes models), or other losses.
 
     OHEM chooses among the pixels of one process and micro-batch: it is not the same for one big batch.
     """
-    options: dict[str, float] = {
-        "cross_entropy": cross_entropy, "ohem": ohem, "dice": dice, "lovasz": lovasz, "focal": focal,
-        "ohem_threshold": ohem_threshold,
-    }  # fmt: skip
-    losses = pixel_losses(
-        logits_at(out, masks), masks, totals, ignore_index=ignore_index, class_weights=class_weights,
-        ohem_min_kept=ohem_min_kept, **options,
-    )  # fmt: skip
+    losses: dict[str, Tensor] = {}
+    parts = {"loss_": (out.logits, 1.0)}
     if "aux" in out.extras and aux_weight:
-        early = pixel_losses(
-            logits_at(out._replace(logits=out.extras["aux"]), masks), masks, totals, ignore_index=ignore_index,
-            class_weights=class_weights, ohem_min_kept=ohem_min_kept, **options,
+        parts["loss_aux_"] = (out.extras["aux"], aux_weight)
+    for prefix, (logits, weight) in parts.items():
+        terms = pixel_losses(
+            logits_at(out._replace(logits=logits), masks), masks, totals, ignore_index=ignore_index,
+            class_weights=class_weights, cross_entropy=cross_entropy, focal=focal, dice=dice, lovasz=lovasz, ohem=ohem,
+            gamma=gamma, ohem_threshold=ohem_threshold, ohem_min_kept=ohem_min_kept,
         )  # fmt: skip
-        losses |= {name.replace("loss_", "loss_aux_"): aux_weight * value for name, value in early.items()}
+        losses |= {name.replace("loss_", prefix): weight * value for name, value in terms.items()}
     return losses
 
 
@@ -278,12 +277,46 @@ def ddrnet(
     aux: bool = True,
     split: bool = False,
     in_channels: int = 3,
+    weights: str | None = None,
 ) -> DDRNet:
-    """Any DDRNet; the named ones are the rows of the paper's table 1. `aux` is the auxiliary head."""
-    return DDRNet(
+    """Any DDRNet; the named ones are the rows of the paper's table 1.
+
+    `aux` is the auxiliary head, of width `aux_planes` (None = `head_planes`); `split` exchanges twice in stage 3, whose
+    blocks are then halved. `weights` is a local checkpoint of the authors, of ImageNet or a segmentation model; its
+    heads are left out. Raises UserError when it does not fit.
+    """
+    if split and layers[2] % 2:
+        raise UserError(f"split halves the third stage, so its {layers[2]} blocks must be an even number")
+    model = DDRNet(
         num_classes=num_classes, layers=layers, planes=planes, spp_planes=spp_planes, head_planes=head_planes,
         aux_planes=aux_planes, aux=aux, split=split, in_channels=in_channels,
     )  # fmt: skip
+    if weights is not None:
+        load_trunk(model, weights)
+    return model
+
+
+def load_trunk(model: DDRNet, weights: str) -> None:
+    """Load all but the heads from a local checkpoint in the official layout, in place.
+
+    Raises UserError when a part is missing (except of what an image classifier has not) or of another shape.
+    """
+    own = model.state_dict()
+    found = convert(unwrap(read_state(Path(weights).expanduser())))
+    state = {key: value for key, value in found.items() if key in own and not HEADS.match(key)}
+    first = "conv1.0.weight"
+    if first in state and state[first].shape[1] == 3:
+        state[first] = adapt_input_conv(own[first].shape[1], state[first])
+    missing = [
+        key for key in own if key not in state and not OPTIONAL.match(key) and not key.endswith("batches_tracked")
+    ]
+    wrong = [key for key, value in state.items() if value.shape != own[key].shape]
+    if missing or wrong:
+        raise UserError(
+            f"{weights} does not fit: {len(missing)} keys missing {missing[:2]}, {len(wrong)} of another shape "
+            f"{wrong[:2]}; choose the matching network"
+        )
+    model.load_state_dict(state, strict=False)
 
 
 ddrnet_23_slim = partial(ddrnet, planes=32, head_planes=64)
@@ -292,6 +325,8 @@ ddrnet_39 = partial(ddrnet, layers=(3, 4, 6, 3), head_planes=256, split=True)
 
 OFFICIAL: Rules = ((r"^(module\.)?model\.", ""), (r"^module\.", ""))
 UNUSED = r"^(module\.)?loss\."  # the trainer's wrapper saves its class weights, too
+HEADS = re.compile(r"(final_layer|seghead_extra)\.")
+OPTIONAL = re.compile(r"(final_layer|seghead_extra|spp|layer5_?)\.")  # what an image classifier has not, or otherwise
 
 
 def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:

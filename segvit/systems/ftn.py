@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from segvit.backbones.pgt import PGT, pgt_base, pgt_large, pgt_small, pgt_tiny
 from segvit.backbones.pvt import ReducedAttention, init
-from segvit.contracts import Dense, Features, Readout, Size
+from segvit.contracts import Dense, Features, Readout, Size, UserError
 from segvit.losses.cross_entropy import logits_at, pixel_counts
 from segvit.losses.pixel import pixel_losses
 from segvit.nn.fpn import FPN, FPN_RULES
@@ -115,7 +115,7 @@ def run(stage: nn.Module, x: Tensor) -> Tensor:
 
 
 class FTN(nn.Module):
-    """Encoder, neck and decoder; logits at stride 8."""
+    """Encoder, neck and decoder; logits at stride 8. The auxiliary head runs in training only."""
 
     def __init__(self, backbone: PGT, fpn: FPN, head: FPTHead, aux: nn.Module | None) -> None:
         super().__init__()
@@ -125,10 +125,9 @@ class FTN(nn.Module):
     def forward(self, images: Tensor) -> Dense:
         features: Features = self.backbone(images)
         levels = self.fpn(features.maps)
-        logits, outputs = self.head(levels)
-        extras = {f"branch{stride}": x for stride, x in zip(reversed(features.strides), outputs, strict=True)}
-        if self.aux_head is not None:
-            extras["aux"] = self.aux_head(levels[AUX_LEVEL])
+        logits, _ = self.head(levels)
+        aux = self.aux_head if self.training else None
+        extras = {} if aux is None else {"aux": aux(levels[AUX_LEVEL])}
         return Dense(logits, features.extras | extras, features.covers)
 
 
@@ -148,20 +147,22 @@ normalisers = pixel_counts
 def criterion(
     out: Dense, masks: Tensor, totals: dict[str, Tensor], *, ignore_index: int = 255,
     class_weights: Tensor | None = None, cross_entropy: float = 1.0, focal: float = 0.0, dice: float = 0.0,
-    lovasz: float = 0.0, ohem: float = 0.0, aux_weight: float = 0.4,
+    lovasz: float = 0.0, ohem: float = 0.0, gamma: float = 2.0, ohem_threshold: float = 0.7,
+    ohem_min_kept: int = 100_000, aux_weight: float = 0.4,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Cross entropy over all pixels, as mmsegmentation takes it, of the logits and of the auxiliary head."""
+    """Cross entropy as mmsegmentation takes it, a mean over all pixels with 0 for ignored ones, of both heads."""
     totals = totals | {"valid": totals["pixels"]}
-    parts = {"loss_": (out, 1.0)}
+    parts = {"loss_": (out.logits, 1.0)}
     if "aux" in out.extras and aux_weight:
-        parts["loss_aux_"] = (out._replace(logits=out.extras["aux"]), aux_weight)
+        parts["loss_aux_"] = (out.extras["aux"], aux_weight)
     losses: dict[str, Tensor] = {}
-    for prefix, (part, weight) in parts.items():
-        found = pixel_losses(
-            logits_at(part, masks), masks, totals, ignore_index=ignore_index, class_weights=class_weights,
-            cross_entropy=cross_entropy, focal=focal, dice=dice, lovasz=lovasz, ohem=ohem,
+    for prefix, (logits, weight) in parts.items():
+        terms = pixel_losses(
+            logits_at(out._replace(logits=logits), masks), masks, totals, ignore_index=ignore_index,
+            class_weights=class_weights, cross_entropy=cross_entropy, focal=focal, dice=dice, lovasz=lovasz, ohem=ohem,
+            gamma=gamma, ohem_threshold=ohem_threshold, ohem_min_kept=ohem_min_kept,
         )  # fmt: skip
-        losses |= {name.replace("loss_", prefix, 1): weight * value for name, value in found.items()}
+        losses |= {name.replace("loss_", prefix): weight * value for name, value in terms.items()}
     return losses
 
 
@@ -174,10 +175,19 @@ def ftn(
     aux: bool = True,
     dropout: float = 0.1,
     drop_path: float = 0.1,
+    depths: Sequence[int] | None = None,
+    embed_dim: int | None = None,
     in_channels: int = 3,
 ) -> FTN:
-    """FTN with one of the four encoders; `aux` is the auxiliary head. The paper's rates: 0.3 for base and large."""
-    backbone = ENCODERS[encoder](drop_path=drop_path, in_channels=in_channels)
+    """FTN with one of the four encoders; `aux` is the auxiliary head. The authors' drop_path: 0.3 for base and large.
+
+    `dim` and `heads` are the decoder's. `depths` and `embed_dim` change the encoder, for training from nothing.
+    """
+    if dim % heads:
+        raise UserError(f"the decoder's dim {dim} must be a multiple of its heads {heads}; set dim or heads")
+    size = {} if depths is None else {"depths": depths}
+    size |= {} if embed_dim is None else {"dim": embed_dim}
+    backbone = ENCODERS[encoder](drop_path=drop_path, in_channels=in_channels, **size)
     head = FPTHead(dim, num_classes=num_classes, heads=heads, dropout=dropout)
     return FTN(backbone, FPN(backbone.dims, dim), head, fcn_head(dim, 256, num_classes) if aux else None)
 

@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from segvit.backbones.vit import PlainViT, plain_vit
 from segvit.contracts import Dense, Features, Readout, Size, UserError
 from segvit.losses.binary import focal_and_dice
-from segvit.losses.masks import binary_targets, present_classes
+from segvit.losses.masks import present_classes
 from segvit.nn.attention import Attention, init_packed, join_heads, split_heads
-from segvit.nn.readout import bilinear_products, bilinear_rows, mix_masks
+from segvit.nn.readout import bilinear_rows, mix_masks
 from segvit.nn.rename import VIT_RULES, Rules, rename
 from segvit.nn.tokens import map_tokens, patch_map, resize_positions
 
@@ -290,7 +290,6 @@ def criterion(
     dtype = torch.promote_types(out.logits.dtype, torch.float32)  # losses never in half precision
     present = present_classes(masks, num_classes=num_classes, ignore_index=ignore_index)
     pairs = present.nonzero()  # (P, 2)
-    targets = binary_targets(masks, pairs)
     labels = torch.where(present, torch.arange(num_classes, device=masks.device), num_classes)
     balance = torch.ones(num_classes, device=masks.device) if class_weights is None else class_weights
     balance = balance.to(dtype)
@@ -303,20 +302,11 @@ def criterion(
         class_logits, logits = out.extras[f"{source}class_logits"].to(dtype), out.extras[f"{source}masks"]
         entropy = F.cross_entropy(class_logits.mT, labels, reduction="none")  # (B, K)
         losses[f"loss_ce{suffix}"] = class_weight * (weights * entropy).sum() / class_total
-        chosen = masks_at(logits[pairs[:, 0], pairs[:, 1]].to(dtype), out.covers, (masks.shape[-2], masks.shape[-1]))
-        focal, dice = (
-            (pair_weights * term).sum() / count.clamp(min=1)
-            for term in focal_and_dice(chosen, targets, alpha=alpha, gamma=gamma)
-        )
+        chosen = logits[pairs[:, 0], pairs[:, 1]].to(dtype)  # (P, h, w)
+        terms = focal_and_dice(chosen, masks, pairs, covers=out.covers, alpha=alpha, gamma=gamma)
+        focal, dice = ((pair_weights * term).sum() / count.clamp(min=1) for term in terms)
         losses |= {f"loss_mask{suffix}": mask_weight * focal, f"loss_dice{suffix}": dice_weight * dice}
     return losses
-
-
-def masks_at(masks: Tensor, covers: Size, size: Size) -> Tensor:
-    """Mask logits (P, h, w) resized over the covered area and cropped to the labels: (P, H, W)."""
-    if not len(masks):
-        return masks.new_zeros(0, *size) + masks.sum()  # nothing to segment, yet part of the graph
-    return bilinear_products(masks, covers, size)
 
 
 def segvit(

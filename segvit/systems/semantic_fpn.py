@@ -12,14 +12,14 @@ Shapes    B images, K classes, level i with C_i channels at stride s_i, P pyrami
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segvit.backbones.pvt import PVT, pvt
+from segvit.backbones.pvt import DEPTHS, PVT, STRIDES, pvt
 from segvit.backbones.pyramid import Pyramid, pyramid
 from segvit.contracts import Dense, Features, Readout, UserError
 from segvit.losses.cross_entropy import logits_at, pixel_counts
@@ -27,8 +27,6 @@ from segvit.losses.pixel import pixel_losses
 from segvit.nn.fpn import FPN, FPN_RULES
 from segvit.nn.readout import logit_rows
 from segvit.nn.rename import Rules, rename
-
-PVT_DEPTHS = {"tiny": (2, 2, 2, 2), "small": (3, 4, 6, 3), "medium": (3, 4, 18, 3), "large": (3, 8, 27, 3)}
 
 
 class ScaleHead(nn.Sequential):
@@ -74,9 +72,7 @@ class SemanticFPN(nn.Module):
 
     def forward(self, images: Tensor) -> Dense:
         features: Features = self.backbone(images)
-        levels = self.fpn(features.maps)
-        extras = {f"p{i}": level for i, level in enumerate(levels, start=2)}
-        return Dense(self.head(levels), features.extras | extras, features.covers)
+        return Dense(self.head(self.fpn(features.maps)), features.extras, features.covers)
 
 
 READOUT = Readout(logit_rows)
@@ -86,14 +82,15 @@ normalisers = pixel_counts
 def criterion(
     out: Dense, masks: Tensor, totals: dict[str, Tensor], *, ignore_index: int = 255,
     class_weights: Tensor | None = None, cross_entropy: float = 1.0, focal: float = 0.0, dice: float = 0.0,
-    lovasz: float = 0.0, ohem: float = 0.0,
+    lovasz: float = 0.0, ohem: float = 0.0, gamma: float = 2.0, ohem_threshold: float = 0.7,
+    ohem_min_kept: int = 100_000,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Cross entropy as mmsegmentation takes it, over all pixels with ignored ones counting 0; or other losses."""
-    losses = pixel_losses(
+    """Cross entropy as mmsegmentation takes it, a mean over all pixels with 0 for ignored ones; or other losses."""
+    return pixel_losses(
         logits_at(out, masks), masks, totals | {"valid": totals["pixels"]}, ignore_index=ignore_index,
         class_weights=class_weights, cross_entropy=cross_entropy, focal=focal, dice=dice, lovasz=lovasz, ohem=ohem,
+        gamma=gamma, ohem_threshold=ohem_threshold, ohem_min_kept=ohem_min_kept,
     )  # fmt: skip
-    return losses
 
 
 def semantic_fpn(
@@ -101,33 +98,41 @@ def semantic_fpn(
     num_classes: int,
     backbone: str = "pvt_v2_b2",
     weights: str | None = None,
-    image_size: int = 224,
+    position_size: int | None = None,
     fpn_dim: int = 256,
     head_dim: int = 128,
     dropout: float = 0.1,
     drop_path: float = 0.1,
+    depths: Sequence[int] | None = None,
+    dims: Sequence[int] | None = None,
     in_channels: int = 3,
 ) -> SemanticFPN:
-    """Semantic FPN on PVT v1 (`pvt_tiny` ... `pvt_large`) or any pyramid of timm with four doubling strides.
+    """Semantic FPN on PVT v1 (`pvt_tiny` ... `pvt_large`) or any pyramid of timm with doubling strides.
 
-    `image_size` is that of PVT v1's position embeddings and of no effect elsewhere.
+    `weights` is a local official checkpoint for PVT v1, else a hub name or a local file. `position_size` is the side of
+    the images that position embeddings or windows are made for (PVT v1: 224), where the backbone has such. `depths` and
+    `dims` change PVT v1, for training from nothing.
     """
-    size = backbone.removeprefix("pvt_")
     trunk: PVT | Pyramid
-    if size in PVT_DEPTHS:
+    if backbone in DEPTHS:
         trunk = pvt(
-            depths=PVT_DEPTHS[size], image_size=image_size, drop_path=drop_path, in_channels=in_channels,
-            weights=weights,
+            backbone, weights=weights, image_size=position_size or 224, drop_path=drop_path, depths=depths, dims=dims,
+            in_channels=in_channels,
         )  # fmt: skip
-        strides = [4, 8, 16, 32]
+        strides = list(STRIDES)
     else:
-        trunk = pyramid(backbone, weights=weights, drop_path=drop_path, in_channels=in_channels)
+        if depths is not None or dims is not None:
+            raise UserError(
+                f"{backbone} has its own depths and dims; leave both out, or choose from {', '.join(DEPTHS)}"
+            )
+        trunk = pyramid(
+            backbone, weights=weights, drop_path=drop_path, in_channels=in_channels, image_size=position_size
+        )
         strides = trunk.strides
-    if any(second != 2 * first for first, second in zip(strides, strides[1:], strict=False)):
+    if any(second != 2 * first for first, second in itertools.pairwise(strides)):
         raise UserError(f"{backbone} has strides {strides}; Semantic FPN needs each to be twice the one before")
-    fpn = FPN(trunk.dims, fpn_dim)
     head = FPNHead(fpn_dim, head_dim, strides=strides, num_classes=num_classes, dropout=dropout)
-    return SemanticFPN(trunk, fpn, head)
+    return SemanticFPN(trunk, FPN(trunk.dims, fpn_dim), head)
 
 
 semantic_fpn_pvt_tiny = partial(semantic_fpn, backbone="pvt_tiny")
@@ -137,21 +142,24 @@ semantic_fpn_pvt_large = partial(semantic_fpn, backbone="pvt_large")
 semantic_fpn_pvt_v2_b0 = partial(semantic_fpn, backbone="pvt_v2_b0")
 semantic_fpn_pvt_v2_b2 = partial(semantic_fpn, backbone="pvt_v2_b2")
 
-OFFICIAL: Rules = (*FPN_RULES, (r"^decode_head\.conv_seg\.", "head.classify."))
+OFFICIAL: Rules = (
+    *FPN_RULES,
+    # Pairs of a convolution block and a doubling there are four modules here.
+    *((rf"^decode_head\.scale_heads\.(\d)\.{i}\.conv\.", rf"head.scales.\1.{2 * i}.") for i in (0, 2, 4)),
+    *((rf"^decode_head\.scale_heads\.(\d)\.{i}\.bn\.", rf"head.scales.\1.{2 * i + 1}.") for i in (0, 2, 4)),
+    (r"^decode_head\.conv_seg\.", "head.classify."),
+)
+PVT_V2: Rules = (  # timm's names of its stages
+    (r"^backbone\.patch_embed1\.", "backbone.network.patch_embed."),
+    *((rf"^backbone\.patch_embed{i}\.", f"backbone.network.stages_{i - 1}.downsample.") for i in (2, 3, 4)),
+    *((rf"^backbone\.block{i}\.", f"backbone.network.stages_{i - 1}.blocks.") for i in (1, 2, 3, 4)),
+    *((rf"^backbone\.norm{i}\.", f"backbone.network.stages_{i - 1}.norm.") for i in (1, 2, 3, 4)),
+    (r"\.dwconv\.dwconv\.", ".dwconv."),
+)
 UNUSED = r"^backbone\.(cls_token$|norm\.|head\.)"
-STEPS: dict[Literal["conv", "bn"], int] = {"conv": 0, "bn": 1}  # of the four parts that stand for one of theirs
 
 
 def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Official checkpoints (whai362/PVT segmentation, mmsegmentation FPNHead) into ours."""
-    renamed = rename(state, OFFICIAL, unused=UNUSED)
-    return {_scale_key(key): value for key, value in renamed.items()}
-
-
-def _scale_key(key: str) -> str:
-    """`decode_head.scale_heads.2.4.bn.weight` -> `head.scales.2.9.weight`: their pairs are four modules here."""
-    if not key.startswith("decode_head.scale_heads."):
-        return key
-    _, _, level, place, part, rest = key.split(".", 5)
-    kind: Literal["conv", "bn"] = "conv" if part == "conv" else "bn"
-    return f"head.scales.{level}.{2 * int(place) + STEPS[kind]}.{rest}"
+    """Official checkpoints (whai362/PVT and PVTv2-Seg, mmsegmentation's FPN and FPNHead) into ours."""
+    second = "backbone.norm1.weight" in state
+    return rename(state, [*OFFICIAL, *PVT_V2] if second else OFFICIAL, unused=UNUSED)

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from segvit.contracts import Batch, UserError
 from segvit.data.dataset import Dataset
-from segvit.data.loading import train_batches
+from segvit.data.loading import living, train_batches
 from segvit.engine.evaluate import evaluate
 from segvit.engine.fit import Progress, fit
 from segvit.engine.freeze import frozen_parts, train_mode
@@ -150,7 +150,7 @@ class Run:
     def watched(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The batches, with a warning the first time that one holds nothing to learn from."""
         warned, ignore = False, self.dataset.classes.ignore_index
-        for batch in batches:
+        for batch in living(batches):
             if not warned and bool((batch.masks == ignore).all()):
                 warned = True
                 self.log.message(f"warning: nothing but ignored pixels in {', '.join(batch.names)}; check these masks")

@@ -1,6 +1,7 @@
 """The loop: accumulation, clipping, NaN, averaging, precision and what is reported."""
 
 import copy
+import math
 from contextlib import suppress
 
 import pytest
@@ -11,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from segvit.contracts import Batch, UserError
 from segvit.engine.fit import Procedure, Progress, fit
+from segvit.engine.freeze import freeze
 from segvit.engine.optim import make_optimizer, parameter_rates
 from segvit.engine.settings import Optim, Schedule
 from segvit.zoo import create_model, find_system
@@ -104,7 +106,7 @@ def test_rows_hold_the_loss_its_terms_the_rate_and_the_norm(accelerator):
     assert len(terms) >= 3
     for row in rows:
         assert row["loss"] == pytest.approx(sum(row[term] for term in terms))
-        assert row["lr"] == 1e-3
+        assert row["lr"] == row["lr_max"] == 1e-3
         assert row["grad_norm"] > 0
         assert row["seconds"] > 0
 
@@ -178,3 +180,66 @@ def test_frozen_parameters_stay(accelerator):
     changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
     assert changed
     assert not any(key.startswith("backbone.") for key in changed)
+
+
+def half(precision):
+    """An accelerator that scales the loss on the CPU, where accelerate itself does not."""
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(cpu=True, mixed_precision=precision, step_scheduler_with_optimizer=False)
+    if precision == "fp16":
+        accelerator.native_amp = True
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4, growth_interval=1000)
+    return accelerator
+
+
+def test_an_overflow_of_fp16_leaves_out_the_step_and_halves_the_scale():
+    accelerator, model, seen, states = half("fp16"), tiny(), [], []
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=True)
+    parameter = model.head.queries
+    parameter.register_hook(lambda gradient: gradient * (float("inf") if len(seen) == 1 else 1.0))
+
+    def after(step):
+        seen.append(accelerator.scaler.get_scale())
+        states.append(copy.deepcopy([model.state_dict(), average.module.state_dict()]))
+
+    rows = run(model, parted(batches(3, 4), 1), accelerator, steps=3, clip=1.0, average=average, after=after)
+    assert seen == [16.0, 8.0, 8.0]
+    assert [math.isfinite(row["grad_norm"]) for row in rows] == [True, False, True]
+    (first, first_average), (second, second_average), (third, _) = states
+    assert all(torch.equal(second[key], first[key]) for key in first)
+    assert all(torch.equal(second_average[key], first_average[key]) for key in first)
+    assert any(not torch.equal(third[key], second[key]) for key in first)
+
+
+def test_scaling_changes_neither_the_step_nor_the_reported_norm(accelerator):
+    plain, scaled = tiny(), tiny()
+    expected = run(plain, parted(batches(2, 4), 2), accelerator, steps=2, clip=1.0)
+    found = run(scaled, parted(batches(2, 4), 2), half("fp16"), steps=2, clip=1.0)
+    # The network itself runs in fp16 here.
+    assert [row["grad_norm"] for row in found] == pytest.approx([row["grad_norm"] for row in expected], rel=0.05)
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_losses_are_taken_in_fp32(name):
+    accelerator, seen = half("bf16"), []
+
+    def loss(losses):
+        seen.append((torch.is_autocast_enabled("cpu"), {value.dtype for value in losses.values()}))
+        return losses
+
+    run(tiny(name), parted(batches(1, 4), 1), accelerator, steps=1, name=name, loss=loss)
+    assert seen == [(False, {torch.float32})]
+
+
+def test_frozen_norms_stay_still():
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(cpu=True, step_scheduler_with_optimizer=False)
+    torch.manual_seed(0)
+    name = "setr_naive_vit_tiny"
+    model = create_model(name, num_classes=CLASSES, image_size=32, patch_size=8, depth=2, embed_dim=64,
+                         out_indices=[0, 1], width=32)  # fmt: skip
+    freeze(model, [r"aux_heads\."])
+    before = copy.deepcopy(model.state_dict())
+    run(model, parted(batches(1, 4), 1), accelerator, steps=1, name=name)
+    changed = {key.split(".")[0] for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    assert changed == {"backbone", "head"}

@@ -68,12 +68,28 @@ def test_weight_decay_shrinks_weights_without_a_gradient():
         torch.testing.assert_close(named[0][1].detach(), torch.full((2,), 1 - 0.5 * 0.1))
 
 
-def test_set_rates_scales_each_group_and_returns_the_lowest():
+def test_layer_decay_multiplies_the_rate_of_every_layer():
+    named = parameters("backbone.pos_embed", "backbone.blocks.0.fc", "backbone.blocks.1.norm", "head.fc")
+    found = table(named, layer_decay=0.5, lr_mult={"head": 10.0}, decay_mult={"norm": 0.0})
+    assert found == {
+        "backbone.pos_embed": (0.125, 0.1),
+        "backbone.blocks.0.fc": (0.25, 0.1),
+        "backbone.blocks.1.norm": (0.5, 0.0),
+        "head.fc": (10.0, 0.1),
+    }
+
+
+def test_layers_are_counted_with_those_that_are_frozen():
+    named = parameters("backbone.blocks.0.fc", "backbone.blocks.1.fc", frozen=("backbone.blocks.1.fc",))
+    assert table(named, layer_decay=0.5) == {"backbone.blocks.0.fc": (0.25, 0.1)}
+
+
+def test_set_rates_scales_each_group_and_returns_the_lowest_and_the_highest():
     named, optim = parameters("backbone", "head"), Optim(lr=1.0, lr_mult={"head": 10.0})
     optimizer = make_optimizer(parameter_rates(named, optim), optim)
     schedule = Schedule(kind="poly", power=1.0, warmup=0)
     for _ in range(2):  # from the initial rate, never from the last one
-        assert set_rates(optimizer, schedule, 25, 100) == pytest.approx(0.75)
+        assert set_rates(optimizer, schedule, 25, 100) == pytest.approx((0.75, 7.5))
         assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.75, 7.5])
 
 

@@ -1,6 +1,8 @@
 """Killed and resumed through real processes: the result is bit for bit that of a run without interruption."""
 
 import json
+import multiprocessing
+import random
 import shutil
 import subprocess
 import time
@@ -8,9 +10,11 @@ import time
 import pytest
 
 from segvit.cli import main
-from tests.tasks.tiny import command, environment, history, steps, write_recipe
+from segvit.tasks.dense import train as train_here
+from tests.tasks.tiny import command, environment, experiment, history, steps, write_recipe
 
 WEIGHTS = "model/model.safetensors"
+RANDOM = {"steps": 12, "checkpoint_every": 1, "val_every": 4, "ema": 0.9}
 OPTIONS = ("--steps", 12, "--checkpoint_every", 4, "--val_every", 0)
 
 
@@ -86,6 +90,42 @@ def test_a_killed_run_with_workers_resumes_bit_for_bit(tmp_path, whole):
     kill_after(folder, 6, "--workers", 2)
     train(folder, "--resume", "--workers", 2)
     check(folder, whole)
+
+
+def forked(folder):
+    """Run or resume in a child that has everything imported already."""
+    child = multiprocessing.get_context("fork").Process(
+        target=train_here, args=(experiment(folder, **RANDOM, resume=True),)
+    )
+    child.start()
+    return child
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The run that the killed ones must equal, and how long it takes."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    started = time.monotonic()
+    child = forked(folder)
+    child.join(240)
+    assert child.exitcode == 0
+    return folder, time.monotonic() - started
+
+
+@pytest.mark.parametrize("seed", [*range(3), *(pytest.param(i, marks=pytest.mark.slow) for i in range(3, 20))])
+def test_killed_at_a_random_moment(seed, tmp_path, undisturbed):
+    whole, seconds = undisturbed
+    folder = tmp_path / "run"
+    child = forked(folder)
+    time.sleep(random.Random(seed).uniform(0, seconds))  # also before the first step, or while a checkpoint is written
+    child.kill()
+    child.join()
+    again = forked(folder)
+    again.join(240)
+    assert again.exitcode == 0
+    assert steps(folder) == steps(whole)
+    assert (folder / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
+    assert (folder / "val.json").read_bytes() == (whole / "val.json").read_bytes()
 
 
 @pytest.mark.slow

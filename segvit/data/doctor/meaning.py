@@ -72,8 +72,8 @@ def name_numbers(seen: dict[int, Seen], masks: int) -> Answer:
     values = sorted(seen)
     if len(values) > (FULL if values[-1] < 256 else TOO_MANY):
         sentence = (
-            f"{len(values):,} distinct values in the masks: probably instances, depths or blurred pictures, not classes; "
-            "export masks of class ids"
+            f"{len(values):,} distinct values in the masks: probably instances, depths or blurred pictures, not "
+            "classes; export masks of class ids"
         )
         return Answer(None, [_error("too_many_values", sentence)], frozenset(values))
     if len(values) == 2 and values[0] == 0 and values[1] in TOPS:
@@ -234,7 +234,7 @@ def blue_first(seen: dict[int, Seen], basis: Reading) -> Answer | None:
 
 
 def not_listed(seen: dict[int, Seen], masks: int, basis: Reading, unknown: Sequence[int]) -> Answer:
-    """`unknown_values`: values that no class lists. They are proposed to be ignored where that leaves classes and most pixels."""
+    """`unknown_values`: values that no class lists, proposed to be ignored where that leaves classes and most pixels."""
     colored, known = basis.colored, basis.meaning()
     pixels = sum(value.pixels for value in seen.values())
     part = sum(seen[value].pixels for value in unknown) / pixels
