@@ -7,7 +7,7 @@
 Three variants of one network with the same weights, dropout and drop path on:
 
     ours    as `segvit train` runs it in fp32
-    bf16    the same under autocast; slow on processors that have no bf16 instructions
+    bf16    the same under autocast; where the processor has instructions for it, or with --bf16
     plain   the official step (zbwxp/SegVit): attention matrices in memory, the last masks and all class scores at full
             size in the forward pass, all classes' masks of the earlier stages resized in the loss, autograd throughout
 
@@ -26,8 +26,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -158,7 +160,7 @@ class Trainee:
         clock.append(time.perf_counter())
         update(self.model, self.optimizer)
         clock.append(time.perf_counter())
-        parts = [late - early for early, late in zip(clock[:-1], clock[1:], strict=True)]
+        parts = [late - early for early, late in pairwise(clock)]
         return dict(zip(("forward", "loss", "backward", "update"), parts, strict=True)) | {"step": sum(parts)}
 
 
@@ -234,33 +236,45 @@ def resident(key: str) -> float:
 def peak(arguments: argparse.Namespace) -> float:
     """MB by which this process grows at most in `arguments.peak`, such as "loss plain"."""
     part, variant = arguments.peak.split()
-    run = loss_run(arguments, variant) if part == "loss" else lambda: Trainee(arguments).step(variant)
-    if part == "loss":  # what libraries set up once is not the loss's
-        loss_run(argparse.Namespace(size=64, batch=1, classes=3, present=2), variant)()
+    if part == "loss":
+        loss_run(argparse.Namespace(size=64, batch=1, classes=3, present=2), variant)()  # sets libraries up
+        run = loss_run(arguments, variant)
     Path("/proc/self/clear_refs").write_text("5")  # forget the old peak
     before = resident("VmRSS")
-    run()
+    if part == "loss":
+        run()
+    else:
+        trainee = Trainee(arguments)
+        for _ in range(2):  # the optimiser's moments come with the first step
+            trainee.step(variant)
     return resident("VmHWM") - before
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Rows of the table: by part ("loss", "step", ...) the seconds and MB of each variant."""
-    losses = {name: lambda run=loss_run(arguments, name): clocked(run) for name in ("ours", "plain")}
-    rows = {"loss alone, s": {name: row["loss"] for name, row in medians(losses, arguments.runs * 3).items()}}
+def measure(arguments: argparse.Namespace) -> Iterator[tuple[str, dict[str, float]]]:
+    """Rows of the table, each when it is known: a part and its figure for each variant."""
+    steps = ["ours", "bf16", "plain"] if arguments.bf16 else ["ours", "plain"]
+    if arguments.only != "step":
+        losses = {name: partial(clocked, loss_run(arguments, name)) for name in ("ours", "plain")}
+        yield "loss alone, s", {name: row["loss"] for name, row in medians(losses, 3 * arguments.runs).items()}
+        yield "loss alone, MB", {name: own_process(f"loss {name}") for name in losses}
     if arguments.only != "loss":
+        yield "step, MB", {name: own_process(f"step {name}") for name in steps}
         trainee = Trainee(arguments)
-        found = medians({name: lambda name=name: trainee.step(name) for name in LOSSES}, arguments.runs)
-        rows |= {f"{part}, s": {name: found[name][part] for name in found} for part in found["ours"]}
-        del trainee
+        found = medians({name: partial(trainee.step, name) for name in steps}, arguments.runs)
+        yield from ((f"{part}, s", {name: found[name][part] for name in steps}) for part in found["ours"])
         loop = statistics.median(loop_seconds(arguments) for _ in range(3))
-        rows["loop, s"] = {"ours": loop, "plain": found["ours"]["step"]}
-    for part in ("loss", "step")[: 1 if arguments.only == "loss" else 2]:
-        variants = ["ours", "plain"] if part == "loss" else list(LOSSES)
-        rows[f"{'loss alone' if part == 'loss' else part}, MB"] = {
-            name: float(subprocess.check_output([sys.executable, *sys.argv, "--peak", f"{part} {name}"], text=True))
-            for name in variants
-        }
-    return rows
+        yield "loop, s", {"ours": loop, "plain": found["ours"]["step"]}
+
+
+def own_process(what: str) -> float:
+    """`peak` in a process of its own."""
+    return float(subprocess.check_output([sys.executable, *sys.argv, "--peak", what], text=True))
+
+
+def has_bf16() -> bool:
+    """Whether the processor multiplies bf16 numbers; without, a step in bf16 is slower than in fp32 (Linux)."""
+    flags = Path("/proc/cpuinfo").read_text().split()
+    return any(flag in flags for flag in ("amx_bf16", "avx512_bf16", "bf16"))
 
 
 def main() -> None:
@@ -272,7 +286,8 @@ def main() -> None:
     parser.add_argument("--present", type=int, default=10, help="classes in each image")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--only", choices=["loss"], help="leave the network out")
+    parser.add_argument("--only", choices=["loss", "step"])
+    parser.add_argument("--bf16", action="store_true", default=has_bf16(), help="also where the processor lacks it")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -280,22 +295,19 @@ def main() -> None:
     if arguments.peak:
         print(peak(arguments))
         return
-    rows = measure(arguments)
-    ratios = {part: {name: row[name] / row["plain"] for name in row if name != "plain"} for part, row in rows.items()}
-    missed = [
-        f"{part} {name}: {ratios[part][name]:.3f} of the plain way's, aim {aim}"
-        for (part, name), aim in AIMS.items()
-        if part in ratios and ratios[part][name] > aim
-    ]
-    if arguments.json:
-        print(json.dumps({"figures": rows, "ratios": ratios, "missed": missed}, indent=2))
-    else:
+    found, missed = {}, []
+    if not arguments.json:
         print(f"{'':16}{'ours':>10}{'bf16':>10}{'plain':>10}{'ratio':>9}{'bf16':>9}")
-        for part, row in rows.items():
+    for part, row in measure(arguments):
+        ratios = {name: row[name] / row["plain"] for name in row if name != "plain"}
+        found[part] = {"figures": row, "ratios": ratios}
+        aims = {name: AIMS[part, name] for name in ratios if (part, name) in AIMS}
+        missed += [f"{part} {name}: {ratios[name]:.3f}, aim {aim}" for name, aim in aims.items() if ratios[name] > aim]
+        if not arguments.json:
             cells = [f"{row[name]:10.4g}" if name in row else " " * 10 for name in ("ours", "bf16", "plain")]
-            shares = [f"{ratios[part][name]:9.3f}" for name in ("ours", "bf16") if name in row]
-            print(f"{part:16}{''.join(cells)}{''.join(shares)}")
-        print("\n".join(["", *missed]) if missed else "\nall aims are met")
+            shares = [f"{ratios[name]:9.3f}" for name in ("ours", "bf16") if name in row]
+            print(f"{part:16}{''.join(cells)}{''.join(shares)}", flush=True)
+    print(json.dumps(found | {"missed": missed}, indent=2) if arguments.json else "\n".join(["", *missed]))
     sys.exit(1 if missed else 0)
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from segvit.engine.settings import Optim, Schedule
     from segvit.inference.prediction import Prediction
     from segvit.inference.predictor import Predictor, Views
+    from segvit.tasks.data_check import examine as check_data
     from segvit.tasks.dense import evaluate_model as evaluate
     from segvit.tasks.dense import train
     from segvit.tasks.experiment import Experiment, Input
@@ -44,6 +45,7 @@ _WHERE = {
     "Schedule": "segvit.engine.settings:Schedule",
     "UserError": "segvit.contracts:UserError",
     "Views": "segvit.inference.predictor:Views",
+    "check_data": "segvit.tasks.data_check:examine",
     "create_model": "segvit.zoo:create_model",
     "evaluate": "segvit.tasks.dense:evaluate_model",
     "load": "segvit.zoo:load_model",
@@ -66,6 +68,7 @@ __all__ = [
     "Schedule",
     "UserError",
     "Views",
+    "check_data",
     "create_model",
     "evaluate",
     "load",

@@ -170,21 +170,29 @@ class Classes:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """What `config.json` says of a model: the builder, its keywords and the class table."""
+    """What `config.json` says of a model: the builder, its keywords and the class table.
+
+    `adapter` holds `method` and `options` of the tuning method that is attached; `added` names the tensors, such as a
+    bias, that a merged adapter gave to layers which the builder makes without.
+    """
 
     name: str
     options: dict[str, Any]
     classes: Classes
+    adapter: dict[str, Any] | None = None
+    added: tuple[str, ...] = ()
 
     def to_json(self, version: str) -> dict[str, Any]:
         """The content of `config.json`."""
         names = self.classes.names
+        tuned: dict[str, Any] = {"adapter": self.adapter} if self.adapter else {}
+        tuned |= {"added": list(self.added)} if self.added else {}
         return {
             "model_type": "segvit", "name": self.name, "options": self.options, "num_labels": len(names),
             "id2label": {str(i): name for i, name in enumerate(names)},
             "label2id": {name: i for i, name in enumerate(names)},
             "palette": [list(color) for color in self.classes.palette],
-            "ignore_index": self.classes.ignore_index, "segvit_version": version,
+            "ignore_index": self.classes.ignore_index, "segvit_version": version, **tuned,
         }  # fmt: skip
 
     @staticmethod
@@ -192,7 +200,10 @@ class ModelConfig:
         """The inverse of `to_json`."""
         names = tuple(data["id2label"][str(i)] for i in range(len(data["id2label"])))
         palette = tuple((int(r), int(g), int(b)) for r, g, b in data["palette"])
-        return ModelConfig(name=data["name"], options=data["options"], classes=Classes(names, palette))
+        return ModelConfig(
+            name=data["name"], options=data["options"], classes=Classes(names, palette), adapter=data.get("adapter"),
+            added=tuple(data.get("added", ())),
+        )  # fmt: skip
 
 
 class Runtime(Protocol):
@@ -223,3 +234,4 @@ if TYPE_CHECKING:
         classes: Classes
         readout: Readout
         config: ModelConfig
+        adapter: Any  # the handle of the tuning method that is attached, or None

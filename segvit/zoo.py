@@ -9,6 +9,7 @@ import difflib
 import inspect
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast, get_args, get_origin, get_type_hints
@@ -20,10 +21,12 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from segvit import __version__
+from segvit.adapters.catalogue import attach
+from segvit.adapters.files import CONFIG, base_source, copy_backbone, read_config, restore
 from segvit.contracts import Classes, InputSpec, ModelConfig, Readout, UserError
 from segvit.files import open_atomic, write_json, write_text
 from segvit.palette import generate_palette
-from segvit.systems import classic, ddrnet, ftn, segmenter, segvit, semantic_fpn, setr
+from segvit.systems import classic, ddrnet, ftn, rsseg, segmenter, segvit, semantic_fpn, setr
 
 if TYPE_CHECKING:
     from segvit.contracts import Model
@@ -62,6 +65,10 @@ def _setr(build: Callable[..., nn.Module]) -> System:
 
 def _ftn(build: Callable[..., nn.Module]) -> System:
     return System(build, ftn.criterion, ftn.normalisers, ftn.READOUT, ftn.convert)
+
+
+def _rsseg(build: Callable[..., nn.Module]) -> System:
+    return System(build, rsseg.criterion, rsseg.normalisers, rsseg.READOUT, rsseg.convert)
 
 
 def _ddrnet(build: Callable[..., nn.Module]) -> System:
@@ -120,6 +127,12 @@ MODELS: dict[str, System] = {
     "ddrnet_23_slim": _ddrnet(ddrnet.ddrnet_23_slim),
     "ddrnet_23": _ddrnet(ddrnet.ddrnet_23),
     "ddrnet_39": _ddrnet(ddrnet.ddrnet_39),
+    "rsseg_vit_tiny": _rsseg(rsseg.rsseg_vit_tiny),
+    "rsseg_vit_small": _rsseg(rsseg.rsseg_vit_small),
+    "rsseg_vit_base": _rsseg(rsseg.rsseg_vit_base),
+    "rsseg_vit_large": _rsseg(rsseg.rsseg_vit_large),
+    "rsseg_beit_large": _rsseg(rsseg.rsseg_beit_large),
+    "rsseg_pyramid": _rsseg(rsseg.rsseg_pyramid),
     "fcn": _classic(classic.fcn),
     "unet": _classic(classic.unet),
     "unet_plus_plus": _classic(classic.unet_plus_plus),
@@ -168,13 +181,13 @@ def _function(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
 
 def create_model(
     name: str, *, num_classes: int | None = None, classes: Classes | None = None, spec: InputSpec | None = None,
-    **options: Any,
+    adapter: str | None = None, adapter_options: dict[str, Any] | None = None, **options: Any,
 ) -> Model:  # fmt: skip
     """A model by name, with `.spec`, `.classes`, `.readout` and `.config` attached.
 
     Give `classes` (names and colours) or just `num_classes`. `options` are the builder's keywords; `spec` defaults to
     the backbone's mean and standard deviation (0.5 for each channel unless `in_channels` is 3) at the image's own size.
-    Raises UserError for a `spec` of another number of channels.
+    `adapter` is a tuning method, see `adapt`. Raises UserError for a `spec` of another number of channels.
     """
     if classes is None:
         if num_classes is None:
@@ -192,9 +205,21 @@ def create_model(
     model.classes, model.readout = classes, find_system(name).readout
     levels = cast(Any, dict(network.named_children()).get("backbone", network))
     default = InputSpec(mean=levels.mean, std=levels.std)
-    model.spec = spec or default
+    model.spec, model.adapter = spec or default, None
     check_channels(model.spec, default)
+    if adapter is not None:
+        adapt(model, adapter, **(adapter_options or {}))
     return model
+
+
+def adapt(model: Model, method: str, **options: Any) -> None:
+    """Freeze the backbone and attach a tuning method, in place; `model.adapter` is its handle.
+
+    Do so when the base weights are loaded. Raises UserError for what the method or the backbone does not take.
+    """
+    model.adapter = attach(model, method, **options)
+    chosen = {"method": method, "options": json.loads(json.dumps(options))}
+    model.config = replace(model.config, adapter=chosen)
 
 
 def check_channels(spec: InputSpec, built: InputSpec) -> None:
@@ -224,12 +249,19 @@ def save_model(model: Model, folder: str | Path, *, card: str | None = None) -> 
         write_text(folder / "README.md", card)
 
 
-def load_model(source: str | Path, *, device: str | torch.device = "cpu") -> Model:
-    """A model from a run folder, a model folder or a hub id, ready for inference.
+def load_model(
+    source: str | Path, *, base: str | Path | None = None, device: str | torch.device = "cpu"
+) -> Model:  # fmt: skip
+    """A model from a run folder, a model folder, an adapter folder or a hub id, ready for inference.
 
-    Raises UserError when the folder is incomplete or its weights do not fit its configuration.
+    `base` says where the base weights of an adapter folder are now, if not where it says itself. Raises UserError when
+    the folder is incomplete or its weights do not fit its configuration.
     """
     folder = _model_folder(source)
+    if not (folder / "config.json").is_file():
+        return load_adapted(folder, base).to(device).eval()
+    if base is not None:
+        raise UserError(f"{folder} is a whole model, which needs no base; leave it out")
     config = _parse(folder / "config.json", ModelConfig.from_json)
     spec = _parse(folder / "preprocessor_config.json", InputSpec.from_json)
     model = create_model(config.name, classes=config.classes, spec=spec, **config.options)
@@ -237,8 +269,28 @@ def load_model(source: str | Path, *, device: str | torch.device = "cpu") -> Mod
         state = load_file(folder / "model.safetensors")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{folder}/model.safetensors cannot be read ({error}); copy the model folder again") from error
+    for name in config.added:
+        owner, _, leaf = name.rpartition(".")
+        model.get_submodule(owner).register_parameter(leaf, nn.Parameter(torch.empty_like(state[name])))
+    model.config = replace(model.config, added=config.added)
+    if config.adapter is not None:
+        adapt(model, config.adapter["method"], **config.adapter["options"])
     load_state(model, state, source=str(folder))
     return model.to(device).eval()
+
+
+def load_adapted(folder: Path, base: str | Path | None) -> Model:
+    """The model of an adapter folder over its base weights, verified."""
+    config = read_config(folder)
+    source, whole = base_source(folder, config, base)
+    weights: dict[str, Any] = {} if whole else {"weights": source}
+    parts = config.model
+    model = create_model(parts.name, classes=parts.classes, spec=config.spec, **weights, **parts.options)
+    if whole:
+        copy_backbone(load_model(source), model)
+    adapt(model, config.method, **config.options)
+    restore(model, folder, config)
+    return model
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], *, source: str) -> None:
@@ -259,9 +311,9 @@ def load_state(model: nn.Module, state: dict[str, Tensor], *, source: str) -> No
 
 def _model_folder(source: str | Path) -> Path:
     folder = Path(source).expanduser()
-    for candidate in (folder, folder / "model"):
-        if (candidate / "config.json").is_file():
-            return candidate
+    for place in (folder / "config.json", folder / "model" / "config.json", folder / CONFIG):
+        if place.is_file():
+            return place.parent
     if folder.exists():
         raise UserError(f"{folder} holds no model (no config.json, no model/config.json); give a run or model folder")
     from huggingface_hub import snapshot_download

@@ -10,6 +10,12 @@ import torch
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_cache_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What the library remembers between runs goes to a folder of the tests."""
+    os.environ["SEGVIT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture
 def seeded() -> torch.Generator:
     """A generator with a fixed seed; the global one is seeded too."""

@@ -20,12 +20,16 @@ from segvit.engine.optim import clip_gradients, make_optimizer, parameter_rates,
 from segvit.engine.schedule import learning_rate
 from segvit.systems import segmenter, segvit
 from tests.golden.run import Case
+from tests.golden_conv_adapter import CONV_ADAPTER
 from tests.golden_ddrnet import DDRNET
 from tests.golden_ftn import FTN
 from tests.golden_hlg import HLG
 from tests.golden_mmseg import MMSEG, optim_settings, schedule_settings
 from tests.golden_pvt import PVT_CASES
 from tests.golden_setr import SETR
+from tests.golden_ssf import SSF
+from tests.golden_svf import SVF
+from tests.golden_vpt import VPT
 
 
 def load(module: nn.Module, state: dict[str, Tensor], prefix: str = "") -> nn.Module:
@@ -214,10 +218,14 @@ BUILDERS: dict[tuple[str, str], Callable[[Case], dict[str, Tensor]]] = {
     ("segvit", "trajectory"): trajectory,
     ("segvit", "trajectory_shrunk"): trajectory,
     ("segmenter", "mask_transformer"): mask_transformer,
+    **CONV_ADAPTER,
     **DDRNET,
     **FTN,
     **HLG,
     **MMSEG,
     **PVT_CASES,
     **SETR,
+    **SSF,
+    **SVF,
+    **VPT,
 }

@@ -273,7 +273,10 @@ BROKEN = {
         lambda root: Image.new("L", (32, 32), 77).save(root / "masks/train/0.png"),
         "values {77} are in no class: 25 % of the pixels",
     ),
-    "no class table": (lambda root: (root / "classes.txt").unlink(), "nothing says which value is which class; the masks hold {0, 1}"),
+    "no class table": (
+        lambda root: (root / "classes.txt").unlink(),
+        "nothing says which value is which class; the masks hold {0, 1}",
+    ),
     "no images": (lambda root: [shutil.rmtree(root / "images"), shutil.rmtree(root / "masks")], "neither a dataset."),
     "no folder": (shutil.rmtree, "no such file"),
 }

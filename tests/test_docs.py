@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from segvit.cli import main
+from segvit.zoo import MODELS
 
 ROOT = Path(__file__).parent.parent
 GUIDES = sorted((ROOT / "docs").glob("*.md"))
@@ -71,3 +72,18 @@ def test_links_of_the_readme_lead_somewhere() -> None:
     for document in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#]+)", document.read_text(encoding="utf-8")):
             assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def expanded(pattern: str) -> set[str]:
+    """`a_{b,c}` as a_b and a_c."""
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if match is None:
+        return {pattern}
+    return {name for part in match[1].split(",") for name in expanded(pattern.replace(match[0], part, 1))}
+
+
+def test_the_table_of_systems_names_every_model() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8").split("## Systems")[1].split("\n\nGFLOPs")[0]
+    cells = [line.split("|")[2] for line in text.splitlines() if line.startswith("|")]
+    named = {name for cell in cells for code in re.findall(r"`([^`]+)`", cell) for name in expanded(code)}
+    assert named == set(MODELS)

@@ -71,9 +71,22 @@ def test_recipe(path: Path) -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=NAMES)
 def test_first_lines_name_the_figure_and_the_command(path: Path) -> None:
-    assert len(comments(path)) >= 3
-    assert [line.partition(":")[0] for line in comments(path)[1:3]] == ["# Paper", "# Command"]
+    assert len(comments(path)) >= 4
+    assert [line.partition(":")[0] for line in comments(path)[1:4]] == ["# Paper", "# Command", "# Hardware"]
     assert re.search(r"mIoU \d+\.\d|none", comments(path)[1])
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=NAMES)
+def test_the_batch_of_the_paper_is_reproduced_on_one_device(path: Path) -> None:
+    line, batch = comments(path)[3], by_its_command(path).images_a_step
+    official = re.search(r"(\d+) \w+ x (\d+) images", line)
+    if official:
+        assert int(official[1]) * int(official[2]) == batch
+    else:
+        assert re.search("unknown|no paper", line)
+    parts = re.search(r"--accumulate (\d+) keeps the batch, (\d+) images? at once", line)
+    assert parts
+    assert int(parts[1]) * int(parts[2]) == batch
 
 
 QUICK = ("ade20k_vit_base", "pascal_context60_vit_large_shrunk")

@@ -14,7 +14,6 @@ Shapes    B images, stage i with grid h w, N = h * w tokens, C channels, G = g *
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -101,7 +100,7 @@ class PGT(nn.Module):
         self.out_indices = tuple(out_indices)
         self.mean = IMAGENET_DEFAULT_MEAN if in_channels == 3 else (0.5,) * in_channels
         self.std = IMAGENET_DEFAULT_STD if in_channels == 3 else (0.5,) * in_channels
-        rates = torch.linspace(0, drop_path, sum(depths)).split(list(depths))
+        rates = torch.linspace(0, drop_path, sum(depths), device="cpu").split(list(depths))
         widths = [in_channels, *(dim << i for i in range(len(depths)))]
         self.stages = nn.ModuleList(
             Stage(widths[i], widths[i + 1], patch=patch if i == 0 else 2, heads=heads[i], ratio=ratio,
@@ -123,18 +122,27 @@ class PGT(nn.Module):
         return Features(maps, [STRIDES[i] for i in self.out_indices], grid, covers)
 
 
-def pgt(*, dim: int, depths: Sequence[int], drop_path: float = 0.0, in_channels: int = 3) -> PGT:
-    """PGT with `dim` channels in the first stage and twice as many in each next, 32 of them a head.
+VARIANTS = {  # channels of the first stage, blocks of each
+    "pgt_tiny": (64, (2, 2, 6, 2)),
+    "pgt_small": (96, (2, 2, 6, 2)),
+    "pgt_base": (96, (2, 2, 18, 2)),
+    "pgt_large": (128, (2, 2, 18, 2)),
+}
 
-    The named ones are those of the authors' configurations. Raises UserError for sizes that do not fit.
+
+def pgt(
+    name: str, *, drop_path: float = 0.0, depths: Sequence[int] | None = None, embed_dim: int | None = None,
+    in_channels: int = 3,
+) -> PGT:  # fmt: skip
+    """PGT by name, for FTN: pgt_tiny, pgt_small, pgt_base or pgt_large.
+
+    Stages double their channels, of which each head has 32. `depths` and `embed_dim`, that of the first stage, change
+    the named architecture. Raises UserError for an unknown name and for sizes that do not fit.
     """
-    if dim < 32 or dim % 32 or len(depths) != len(STRIDES) or min(depths) < 1:
-        raise UserError(f"dim {dim} must be a multiple of 32 and depths {list(depths)} 4 values from 1")
-    heads = [dim // 32 << i for i in range(len(depths))]
-    return PGT(dim=dim, depths=depths, heads=heads, drop_path=drop_path, in_channels=in_channels)
-
-
-pgt_tiny = partial(pgt, dim=64, depths=(2, 2, 6, 2))
-pgt_small = partial(pgt, dim=96, depths=(2, 2, 6, 2))
-pgt_base = partial(pgt, dim=96, depths=(2, 2, 18, 2))
-pgt_large = partial(pgt, dim=128, depths=(2, 2, 18, 2))
+    if name not in VARIANTS:
+        raise UserError(f"there is no PGT {name!r}; choose from {', '.join(VARIANTS)}")
+    embed_dim, depths = embed_dim or VARIANTS[name][0], depths or VARIANTS[name][1]
+    if embed_dim < 32 or embed_dim % 32 or len(depths) != len(STRIDES) or min(depths) < 1:
+        raise UserError(f"embed_dim {embed_dim} must be a multiple of 32, and depths {list(depths)} 4 values from 1")
+    heads = [(embed_dim // 32) << i for i in range(len(depths))]
+    return PGT(dim=embed_dim, depths=depths, heads=heads, drop_path=drop_path, in_channels=in_channels)

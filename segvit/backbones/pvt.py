@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from segvit.backbones.weights import read_state, unwrap
 from segvit.contracts import Features, Size, UserError
 from segvit.nn.attention import join_heads, split_heads
+from segvit.nn.tokens import Step, patch_map
 
 STRIDES = (4, 8, 16, 32)
 DIMS, HEADS = (64, 128, 320, 512), (1, 2, 5, 8)
@@ -88,7 +89,10 @@ class PatchEmbed(nn.Module):
 
 
 class PVT(nn.Module):
-    """The dense backbone: the raw maps of the four stages, strides 4 to 32. The parts have the official names."""
+    """The dense backbone: the raw maps of the four stages, strides 4 to 32. The parts have the official names.
+
+    Adapters put modules Step -> Step into `gaps`: gap i stands behind stage i, counted from 1.
+    """
 
     def __init__(
         self, *, dims: Sequence[int], heads: Sequence[int], ratios: Sequence[int], depths: Sequence[int],
@@ -99,7 +103,7 @@ class PVT(nn.Module):
         self.dims, self.strict_positions = tuple(dims), strict_positions
         self.mean = IMAGENET_DEFAULT_MEAN if in_channels == 3 else (0.5,) * in_channels
         self.std = IMAGENET_DEFAULT_STD if in_channels == 3 else (0.5,) * in_channels
-        rates = iter(torch.linspace(0, drop_path, sum(depths)).tolist())
+        rates = iter(torch.linspace(0, drop_path, sum(depths), device="cpu").tolist())
         inputs, side = in_channels, image_size
         for stage, dim in enumerate(dims, start=1):
             cell = patch if stage == 1 else 2
@@ -114,18 +118,23 @@ class PVT(nn.Module):
             ]  # fmt: skip
             self.add_module(f"block{stage}", nn.ModuleList(blocks))
             inputs = dim
+        self.gaps = nn.ModuleDict()
         self.apply(init)
         for stage in range(1, 5):
             nn.init.trunc_normal_(self.get_parameter(f"pos_embed{stage}"), std=0.02)
 
     def forward(self, images: Tensor) -> Features:
         x, covers, maps = *pad_to_least(images, LEAST), []
+        extras: dict[str, Tensor] = {}
         for stage in range(1, 5):
             tokens, grid = self.embed(x, stage)
             positions = self.positions(stage, grid)
-            x = self.run(tokens + positions, grid, stage).mT.unflatten(2, grid).contiguous()
+            step = Step(self.run(tokens + positions, grid, stage), 0, grid, grid, extras=extras)
+            if str(stage) in self.gaps:
+                step = self.gaps[str(stage)](step)
+            x, extras = patch_map(step).contiguous(), step.extras
             maps.append(x)
-        return Features(maps, list(STRIDES), (maps[0].shape[-2], maps[0].shape[-1]), covers)
+        return Features(maps, list(STRIDES), (maps[0].shape[-2], maps[0].shape[-1]), covers, extras=extras)
 
     def embed(self, x: Tensor, stage: int) -> tuple[Tensor, Size]:
         """Tokens (B, N, C) and grid of a stage from the map before it."""

@@ -2,6 +2,8 @@
 
 Images are padded with zeros to whole cells of the coarsest map, so that every map covers the same area at any size.
 Families that take images of one size only (MaxViT, CoaT, Hiera ...) stay so.
+Adapters put modules Step -> Step into `gaps`: gap i stands behind the i-th map, counted from 1, which it changes for
+the system and for the stage that follows.
 
 Shapes    B images, stage i with C_i channels at stride s_i.
 """
@@ -15,12 +17,12 @@ from typing import Any, cast
 import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import adapt_input_conv
+from timm.models import FeatureListNet, adapt_input_conv
 from torch import Tensor, nn
 
 from segvit.backbones.weights import find_state
 from segvit.contracts import Features, UserError
-from segvit.nn.tokens import pad_to_patches
+from segvit.nn.tokens import map_step, pad_to_patches, patch_map
 
 
 class Pyramid(nn.Module):
@@ -30,7 +32,7 @@ class Pyramid(nn.Module):
         self, network: nn.Module, *, dims: list[int], strides: list[int], channels_last: bool, in_channels: int = 3
     ) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.gaps = network, nn.ModuleDict()
         self.dims, self.strides, self.channels_last = tuple(dims), list(strides), channels_last
         known = vars(network).get("pretrained_cfg") or {}
         rgb = in_channels == 3
@@ -40,14 +42,31 @@ class Pyramid(nn.Module):
     def forward(self, images: Tensor) -> Features:
         cell = self.strides[-1]
         padded = pad_to_patches(images, (cell, cell))
-        maps = self.stages(padded)
+        maps, extras = self.gapped_stages(padded) if self.gaps else (self.stages(padded), {})
         grid = (maps[0].shape[-2], maps[0].shape[-1])
-        return Features(maps, list(self.strides), grid, (padded.shape[-2], padded.shape[-1]))
+        return Features(maps, list(self.strides), grid, (padded.shape[-2], padded.shape[-1]), extras=extras)
 
     def stages(self, images: Tensor) -> list[Tensor]:
         """The maps (B, C_i, h_i, w_i) of images whose sides are whole cells."""
         maps = self.network(images)
         return [x.permute(0, 3, 1, 2).contiguous() if self.channels_last else x for x in maps]
+
+    def gapped_stages(self, images: Tensor) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """As `stages`, part by part with the gaps between; and what they hand on."""
+        network = cast(FeatureListNet, self.network)
+        x, maps = images, list[Tensor]()
+        extras: dict[str, Tensor] = {}
+        for name, part in network.items():
+            x = part(x)
+            if name not in network.return_layers:
+                continue
+            number = str(len(maps) + 1)
+            maps.append(x.permute(0, 3, 1, 2).contiguous() if self.channels_last else x)
+            if number in self.gaps:
+                step = self.gaps[number](map_step(maps[-1], extras))
+                extras, maps[-1] = step.extras, patch_map(step).contiguous()
+                x = maps[-1].permute(0, 2, 3, 1) if self.channels_last else maps[-1]
+        return maps, extras
 
 
 def pyramid(

@@ -3,7 +3,7 @@
 Covers    VisionTransformer (AugReg, DeiT, DeiT-III, MAE, DINOv2 with registers, CLIP, SigLIP), Eva (EVA-02, DINOv3 and
           other rotary ViTs) and Beit (BEiT, BEiT v2) of timm, by name. State-dict keys are timm's.
 Steps     `embed(images)` gives the first Step; `run(i, step)` applies gap i, then block i. Gap i acts on the step
-          before block i, gap `depth` after the last block; adapters put modules Step -> Step into `gaps`.
+          before block i, one more on that after the last block that runs; adapters put modules Step -> Step there.
 Checked   tests/backbones/test_vit.py against timm's own forward; tests/golden/segvit__whole, segvit__shrunk.
 
 Shapes    B images, H W pixels, h w token grid, N = h * w patch tokens, P prefix tokens, D channels, M heads.
@@ -84,6 +84,7 @@ class PlainViT(nn.Module):
         if isinstance(trunk, Eva):
             for block in self.blocks:
                 block.attn.num_prefix_tokens = 0  # `rotation` covers the prefix, however many tokens it has
+                block.attn.qkv_bias_separate = True  # calls `qkv`, so that an adapter in its place acts
 
     def embed(self, images: Tensor) -> Step:
         """(B, C, H, W) -> the tokens before the first block; sides are padded to whole patches with zeros."""
@@ -129,7 +130,7 @@ class PlainViT(nn.Module):
         return step._replace(tokens=tokens, grid=grid or step.grid, kept=kept, rope=rope)
 
     def gap(self, index: int, step: Step) -> Step:
-        """What adapters put before block `index` (or, at `depth`, after the last one)."""
+        """What adapters put before block `index` (or after the last one that runs)."""
         name = str(index)
         return self.gaps[name](step) if name in self.gaps else step
 
@@ -160,9 +161,8 @@ class PlainViT(nn.Module):
         last = self.out_indices[-1]
         for index in range(last + 1):
             step = self.run(index, step)
-            if index == len(self.blocks) - 1:
-                step = self.gap(index + 1, step)
             if index == last:
+                step = self.gap(index + 1, step)
                 step = step._replace(tokens=self.norm(step.tokens))
             if index in self.out_indices:
                 maps.append(patch_map(step))
@@ -172,7 +172,8 @@ class PlainViT(nn.Module):
         """Bundle maps and the last step; strides follow from each map's grid."""
         covers = (step.base[0] * self.patch[0], step.base[1] * self.patch[1])
         strides = [round(covers[0] / m.shape[-2]) for m in maps]
-        return Features(maps, strides, step.base, covers, step.tokens[:, 0] if self.classed else None)
+        pooled = step.tokens[:, 0] if self.classed else None
+        return Features(maps, strides, step.base, covers, pooled, step.extras)
 
 
 def _run_block(block: Any, step: Step, rope: Tensor | None, bias: Tensor | None, rows: Tensor | None) -> Tensor:

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from segvit.cli import compare, data, models, run
+from segvit.cli import adapters, compare, data, detect, models, run
 from segvit.cli.parsing import make_parser, parse, with_values
 from segvit.contracts import UserError
 from segvit.engine.interrupt import Stopped
@@ -21,6 +21,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "find_lr": run.find_lr,
     "val": run.val,
     "predict": run.predict,
+    "watch": run.watch,
     "compare": compare.compare,
     "data check": data.check,
     "data init": data.init,
@@ -32,6 +33,12 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "models info": models.models_info,
     "models convert": models.models_convert,
     "models licences": models.models_licences,
+    "detect train": detect.train,
+    "detect val": detect.val,
+    "detect predict": detect.predict,
+    "adapters list": adapters.adapters_list,
+    "adapters inspect": adapters.adapters_inspect,
+    "adapters merge": adapters.adapters_merge,
     "doctor": run.doctor,
 }
 

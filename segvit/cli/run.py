@@ -31,7 +31,8 @@ def find_lr(*, json: bool = False, **options: Any) -> None:
 
 
 def val(
-    run: str, *, data: str | None = None, split: str = "val", out: str | None = None, scales: tuple[float, ...] = (1.0,), flip: bool = False,
+    run: str, *, data: str | None = None, split: str = "val", out: str | None = None,
+    scales: tuple[float, ...] = (1.0,), flip: bool = False,
     precision: Precision = "fp32", device: Device | None = None, workers: int = 2, json: bool = False,
 ) -> None:  # fmt: skip
     """Evaluate a model at the original resolution; writes metrics.json and a report.
@@ -86,6 +87,18 @@ def predict(
         show(result.written, json, "\n".join(item["labels"] for item in result.written))
     if result.failed:
         raise UserError(f"{len(result.failed)} images were left out: {'; '.join(result.failed[:3])}")
+
+
+def watch(run: str, *, once: bool = False) -> None:
+    """Draw the curves of a run in the terminal while it goes on; ends with it, or with Ctrl-C.
+
+    Args:
+        run: Run folder.
+        once: Print the present state and exit.
+    """
+    from segvit.tasks.watch import watch_run
+
+    watch_run(run, once=once)
 
 
 def doctor(*, json: bool = False) -> None:

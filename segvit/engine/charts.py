@@ -262,7 +262,8 @@ def dumbbells(title: str, rows: Sequence[tuple[str, float, float]], *, labels: t
         ends = [left + wide * value for value in (first, second)]
         parts.append(
             f'<g><title>{told}</title><text class="name" x="{left - 10}" y="{y + 4:.1f}" text-anchor="end">'
-            f'{escape(short)}</text><line class="link" x1="{ends[0]:.1f}" x2="{ends[1]:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            f"{escape(short)}</text>"
+            f'<line class="link" x1="{ends[0]:.1f}" x2="{ends[1]:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
             f'<circle class="hue0" cx="{ends[0]:.1f}" cy="{y:.1f}" r="4.5"/>'
             f'<circle class="hue1" cx="{ends[1]:.1f}" cy="{y:.1f}" r="4.5"/></g>'
         )

@@ -125,9 +125,7 @@ def global_terms(terms: dict[str, Tensor], accelerator: Accelerator) -> dict[str
     return dict(zip(terms, values.tolist(), strict=True))
 
 
-def check_finite(
-    logged: dict[str, float], strange: Sequence[Batch], step: int, accelerator: Accelerator
-) -> None:
+def check_finite(logged: dict[str, float], strange: Sequence[Batch], step: int, accelerator: Accelerator) -> None:
     """Raise UserError with the terms and the files of the `strange` micro-batches, in every process alike."""
     bad = [name for name, value in logged.items() if not math.isfinite(value)]
     if not bad:
@@ -136,6 +134,6 @@ def check_finite(
     everywhere = gather_object(files) if accelerator.num_processes > 1 else files
     raise NotFiniteError(
         f"the loss is {sum(logged.values())} at step {step + 1} ({', '.join(bad)}); the batch was "
-        f"{', '.join(everywhere)}; look at these files, lower optim.lr or lengthen schedule.warmup; the last checkpoint "
-        "is intact"
+        f"{', '.join(everywhere)}; look at these files, lower optim.lr or lengthen schedule.warmup; the last "
+        "checkpoint is intact"
     )

@@ -14,7 +14,7 @@ from types import FrameType
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Stopped(Exception):
+class Stopped(Exception):  # noqa: N818 - it is what was asked for, no error
     """The run was asked to stop and has saved itself; `code` is the exit status that shells expect."""
 
     def __init__(self, number: int) -> None:

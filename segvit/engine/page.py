@@ -46,7 +46,8 @@ p { margin: 0 0 14px; color: var(--soft); max-width: 78ch; }
 .tile small { font-size: 16px; font-weight: 500; color: var(--soft); }
 .tile span { color: var(--soft); font-size: 14px; }
 h3 { font-size: 15px; font-weight: 600; margin: 18px 0 8px; }
-.verdict { border-left: 4px solid var(--right); margin-top: 16px; max-width: none; } .verdict.bad { border-left-color: var(--wrong); }
+.verdict { border-left: 4px solid var(--right); margin-top: 16px; max-width: none; }
+.verdict.bad { border-left-color: var(--wrong); }
 .finding { display: grid; grid-template-columns: 90px 1fr; gap: 2px 16px; padding: 10px 0; border-top: 1px solid
   var(--line); } .finding:first-child { border-top: 0; } .finding b { font-weight: 600; }
 .finding.error b { color: var(--wrong); }
@@ -175,9 +176,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, kind: str = "")
     """A table in a card; cells are HTML, the first column is to the left."""
     top = "".join(f"<th>{escape(name)}</th>" for name in head)
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return (
-        f'<div class="card scroll {kind}"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
-    )
+    return f'<div class="card scroll {kind}"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def views(title: str, remark: str, cells: Sequence[tuple[str, NDArray[np.uint8], bool]]) -> str:

@@ -197,9 +197,8 @@ def _gallery(gallery: Gallery, classes: Classes) -> str:
     legend = "".join(
         f"<span>{swatch(int(i), classes)}{escape(classes.names[i])}</span>" for i in ids if i < len(classes)
     )
-    return (
-        f'<h2>{escape(gallery.title)}</h2><p>{escape(gallery.text)}</p><div class="legend">{legend}</div>'
-        + "".join(_row(one, classes) for one in shown)
+    return f'<h2>{escape(gallery.title)}</h2><p>{escape(gallery.text)}</p><div class="legend">{legend}</div>' + "".join(
+        _row(one, classes) for one in shown
     )
 
 

@@ -1,6 +1,7 @@
 """The run folder: who may write it, what it holds, and what the run says while it goes on.
 
-`metrics.jsonl` has one flushed line a step. The lock is the operating system's, so it dies with the process.
+`metrics.jsonl` has one flushed line a step; `metrics.csv` is made from it at every validation and at the end. The lock
+is the operating system's, so it dies with the process.
 """
 
 from __future__ import annotations
@@ -12,20 +13,25 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
+from numpy.typing import NDArray
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from segvit import __version__
 from segvit.contracts import UserError
-from segvit.files import write_json, write_text
+from segvit.engine.history import METRICS, flat, parse_row, write_csv
+from segvit.engine.loggers import Logger
+from segvit.files import open_atomic, write_json, write_text
 
 STATE = Path("checkpoints") / "last" / "state.pt"
 PREVIOUS_STATE = Path("checkpoints") / "previous" / "state.pt"
@@ -34,6 +40,7 @@ BEST_STATE = Path("checkpoints") / "best" / "state.pt"
 MAY_CHANGE = {
     "skip_check",
     "resume", "overwrite", "workers", "cache", "checkpoint_every", "val_every", "val_images", "steps", "epochs", "out",
+    "log", "val_pictures",
 }  # fmt: skip
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -72,9 +79,9 @@ def claim(folder: Path, config: dict[str, Any]) -> None:
     elif stored.exists() and not config["overwrite"]:
         raise UserError(f"{folder} holds a run; pass --resume to go on, --overwrite to replace it, or another --out")
     elif stored.exists():
-        for name in ("checkpoints", "model", "report", "evaluation"):
+        for name in ("checkpoints", "model", "adapter", "report", "evaluation", "pictures", "tb", "wandb", "mlflow"):
             shutil.rmtree(folder / name, ignore_errors=True)
-        for name in ("metrics.jsonl", "train.log", "val.json"):
+        for name in (METRICS, "metrics.csv", "train.log", "val.json"):
             (folder / name).unlink(missing_ok=True)
     for leftover in folder.rglob(".*.tmp"):  # of a process that was killed while it wrote
         leftover.unlink(missing_ok=True)
@@ -110,17 +117,24 @@ def write_environment(folder: Path) -> None:
 
 
 class RunLog:
-    """metrics.jsonl, train.log and the console of one run; only the main process writes."""
+    """metrics.jsonl, train.log, pictures and the console of one run; only the main process writes.
 
-    def __init__(self, folder: Path, *, steps: int, start: int, batch_size: int, main: bool) -> None:
-        self.main, self.batch_size, self.steps = main, batch_size, steps
+    Rows and pictures also go to `loggers`.
+    """
+
+    def __init__(
+        self, folder: Path, *, steps: int, start: int, batch_size: int, main: bool, loggers: Sequence[Logger] = ()
+    ) -> None:
+        self.folder, self.main, self.batch_size, self.steps, self.loggers = folder, main, batch_size, steps, loggers
         self.shown, self.miou = time.monotonic(), float("nan")
         if not main:
             return
-        metrics = folder / "metrics.jsonl"
+        metrics = folder / METRICS
         if metrics.exists():  # steps after the checkpoint are about to be done again
-            lines = [line for line in metrics.read_text(encoding="utf-8").splitlines() if _step(line) <= start]
-            write_text(metrics, "".join(line + "\n" for line in lines))
+            lines = metrics.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if (row := parse_row(line)) is not None and row["step"] <= start]
+            write_text(metrics, "".join(line + "\n" for line in kept))
+            write_csv(folder)
         self.metrics = metrics.open("a", encoding="utf-8")
         self.text = (folder / "train.log").open("a", encoding="utf-8")
         columns = (
@@ -141,7 +155,11 @@ class RunLog:
             return
         self.metrics.write(json.dumps(finite(row), allow_nan=False) + "\n")
         self.metrics.flush()
+        numbers = {key: value for key, value in flat(finite(row)).items() if key != "step" and value is not None}
+        for logger in self.loggers:
+            logger.log(row["step"], numbers)
         if "val" in row:
+            write_csv(self.folder)
             self.miou = row["val"]["miou"]
             return
         rate = self.batch_size / row["seconds"] if row.get("seconds") else float("nan")
@@ -161,12 +179,24 @@ class RunLog:
         self.text.flush()
         self.bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
+    def picture(self, step: int, name: str, pixels: NDArray[np.uint8]) -> None:
+        """Write pictures/step_000500.png (H, W, 3)."""
+        if not self.main:
+            return
+        with open_atomic(self.folder / "pictures" / f"step_{step:06d}.png") as file:
+            Image.fromarray(pixels).save(file, "PNG")
+        for logger in self.loggers:
+            logger.picture(step, name, pixels)
+
     def close(self) -> None:
         """Stop the bar and close the files."""
         if self.main:
             self.bar.stop()
             self.metrics.close()
             self.text.close()
+            write_csv(self.folder)
+            for logger in self.loggers:
+                logger.close()
 
 
 def finite(value: Any) -> Any:
@@ -174,17 +204,3 @@ def finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def read_history(folder: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl; a last line cut short by a kill is left out."""
-    path = folder / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if _step(line) < sys.maxsize]
-
-
-def _step(line: str) -> int:
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return sys.maxsize

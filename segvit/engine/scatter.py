@@ -101,7 +101,8 @@ def _named(placed: Sequence[tuple[Point, float, float]], unit: str) -> list[str]
         told = f"{escape(one.name)}: {label(one.value, '%', exact=True)} at {label(one.cost)} {escape(unit)}"
         parts.append(
             f'<g><title>{told}</title><circle class="hue{number % HUES}" cx="{x:.1f}" cy="{y:.1f}" r="{RADIUS}"/>'
-            f'<text class="name" style="{HALO}" x="{box.left:.1f}" y="{box.bottom - 3:.1f}">{escape(one.name)}</text></g>'
+            f'<text class="name" style="{HALO}" x="{box.left:.1f}" y="{box.bottom - 3:.1f}">'
+            f"{escape(one.name)}</text></g>"
         )
     return parts
 

@@ -22,11 +22,18 @@ class Step(NamedTuple):
     base: Size  # of the patch tokens as embedded; differs from `grid` once tokens were dropped
     kept: Tensor | None = None  # (N,) which tokens of `base` are left; None = all
     rope: Tensor | None = None  # (N, 2d) or (heads, N, 2d), one per block where the rotation is learned (depth, ...)
+    extras: dict[str, Tensor] = {}  # what adapters hand on, to the next gap and to Features; never mutated in place
 
 
 def patch_map(step: Step) -> Tensor:
     """The patch tokens as a map (B, D, h, w); a view where possible."""
     return step.tokens[:, step.prefix :].mT.unflatten(2, step.grid)
+
+
+def map_step(features: Tensor, extras: dict[str, Tensor]) -> Step:
+    """A pyramid's map (B, D, h, w) as the state between two stages; `patch_map` gives it back."""
+    grid = (features.shape[-2], features.shape[-1])
+    return Step(map_tokens(features), 0, grid, grid, extras=extras)
 
 
 def map_tokens(features: Tensor) -> Tensor:

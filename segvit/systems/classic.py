@@ -18,11 +18,13 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import timm
+import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
@@ -132,8 +134,11 @@ def classic(
             **fixed, **(decoder or {}),
         )  # fmt: skip
 
+    # MiT reads values of a tensor while it is built, which one on the meta device does not have.
+    place = torch.device("cpu") if backbone.startswith("mit_") else nullcontext()
     try:
-        network = build(None)
+        with place:
+            network = build(None)
     except (TypeError, ValueError, KeyError, RuntimeError, NotImplementedError, AttributeError) as error:
         raise UserError(
             f"{family} cannot be built on {backbone} ({error}); choose another, or other options"

@@ -16,14 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
-from segvit.backbones.pgt import PGT, pgt_base, pgt_large, pgt_small, pgt_tiny
+from segvit.backbones.pgt import PGT, pgt
 from segvit.backbones.pvt import ReducedAttention, init
 from segvit.contracts import Dense, Features, Readout, Size, UserError
 from segvit.losses.cross_entropy import logits_at, pixel_counts
@@ -32,7 +31,6 @@ from segvit.nn.fpn import FPN, FPN_RULES
 from segvit.nn.readout import logit_rows
 from segvit.nn.rename import Rules, rename
 
-ENCODERS = {"tiny": pgt_tiny, "small": pgt_small, "base": pgt_base, "large": pgt_large}
 AUX_LEVEL = 1  # of the neck: stride 16
 
 
@@ -131,12 +129,16 @@ class FTN(nn.Module):
         return Dense(logits, features.extras | extras, features.covers)
 
 
-def fcn_head(inputs: int, dim: int, num_classes: int) -> nn.Sequential:
+def fcn_head(inputs: int, dim: int, *, num_classes: int, dropout: float) -> nn.Sequential:
     """The auxiliary head: 3x3 convolution, BatchNorm, ReLU, dropout, classifier."""
     classify = nn.Conv2d(dim, num_classes, 1)
     nn.init.normal_(classify.weight, std=0.01)
     return nn.Sequential(
-        nn.Conv2d(inputs, dim, 3, padding=1, bias=False), nn.BatchNorm2d(dim), nn.ReLU(), nn.Dropout2d(0.1), classify
+        nn.Conv2d(inputs, dim, 3, padding=1, bias=False),
+        nn.BatchNorm2d(dim),
+        nn.ReLU(),
+        nn.Dropout2d(dropout),
+        classify,
     )
 
 
@@ -169,7 +171,7 @@ def criterion(
 def ftn(
     *,
     num_classes: int,
-    encoder: Literal["tiny", "small", "base", "large"] = "small",
+    backbone: str = "pgt_small",
     dim: int = 512,
     heads: int = 4,
     aux: bool = True,
@@ -179,23 +181,22 @@ def ftn(
     embed_dim: int | None = None,
     in_channels: int = 3,
 ) -> FTN:
-    """FTN with one of the four encoders; `aux` is the auxiliary head. The authors' drop_path: 0.3 for base and large.
+    """FTN on one of the four PGTs; `aux` is the auxiliary head. The authors' drop_path is 0.3 for base and large.
 
-    `dim` and `heads` are the decoder's. `depths` and `embed_dim` change the encoder, for training from nothing.
+    `dim` and `heads` are the decoder's. `depths` and `embed_dim` change the backbone, for training from nothing.
     """
     if dim % heads:
         raise UserError(f"the decoder's dim {dim} must be a multiple of its heads {heads}; set dim or heads")
-    size = {} if depths is None else {"depths": depths}
-    size |= {} if embed_dim is None else {"dim": embed_dim}
-    backbone = ENCODERS[encoder](drop_path=drop_path, in_channels=in_channels, **size)
+    encoder = pgt(backbone, drop_path=drop_path, depths=depths, embed_dim=embed_dim, in_channels=in_channels)
     head = FPTHead(dim, num_classes=num_classes, heads=heads, dropout=dropout)
-    return FTN(backbone, FPN(backbone.dims, dim), head, fcn_head(dim, 256, num_classes) if aux else None)
+    early = fcn_head(dim, 256, num_classes=num_classes, dropout=dropout) if aux else None
+    return FTN(encoder, FPN(encoder.dims, dim), head, early)
 
 
-ftn_tiny = partial(ftn, encoder="tiny")
-ftn_small = partial(ftn, encoder="small")
-ftn_base = partial(ftn, encoder="base", drop_path=0.3)
-ftn_large = partial(ftn, encoder="large", drop_path=0.3)
+ftn_tiny = partial(ftn, backbone="pgt_tiny")
+ftn_small = partial(ftn, backbone="pgt_small")
+ftn_base = partial(ftn, backbone="pgt_base", drop_path=0.3)
+ftn_large = partial(ftn, backbone="pgt_large", drop_path=0.3)
 
 OFFICIAL: Rules = (
     *FPN_RULES,

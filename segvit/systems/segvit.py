@@ -239,7 +239,7 @@ class ShrunkSegViT(nn.Module):
                 step = vit.run(index, step, keep=numbers.flatten(), grid=(numbers.shape[0], numbers.shape[1]))
             else:
                 step = vit.run(index, step)
-            if index == len(vit.blocks) - 1:
+            if index == vit.out_indices[-1]:
                 step = vit.gap(index + 1, step)
             if index in vit.out_indices:
                 maps.append(patch_map(step))

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import date
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -27,9 +27,10 @@ from segvit.contracts import Size, UserError
 from segvit.data.dataset import Dataset, open_dataset
 from segvit.data.loading import train_batches
 from segvit.engine.fit import Procedure, Progress, fit
+from segvit.engine.history import read_history
 from segvit.engine.interrupt import Stopped
 from segvit.engine.optim import make_optimizer, parameter_rates
-from segvit.engine.run import changes, locked, plain, read_history
+from segvit.engine.run import changes, locked, plain
 from segvit.engine.settings import Optim
 from segvit.files import write_json
 from segvit.inference.predictor import TorchRuntime
@@ -195,10 +196,7 @@ def of_model(base: Experiment, name: str, config: str | None) -> Experiment:
     options = dict(base.options) if own else {}
     parameters = inspect.signature(find_system(name).build).parameters
     if "image_size" in parameters and "image_size" not in options:
-        high, wide = base.augment.crop
-        build = find_system(name).build
-        hint = get_type_hints(build.func if isinstance(build, partial) else build)["image_size"]
-        options["image_size"] = max(high, wide) if hint is int else [high, wide]
+        options["image_size"] = list(base.augment.crop)
     loss = base.loss if own else {}
     changed = replace(base, model=name, options=options, loss=loss)
     if config is not None:

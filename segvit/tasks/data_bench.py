@@ -23,8 +23,7 @@ from segvit.data.loading import permutation, train_batches
 from segvit.data.memory import available_memory
 from segvit.engine.fit import Procedure, Progress, fit
 from segvit.engine.optim import make_optimizer, parameter_rates
-from segvit.tasks.console import aligned
-from segvit.tasks.console import progress_bar
+from segvit.tasks.console import aligned, progress_bar
 from segvit.tasks.dense import build_model, check_loss
 from segvit.tasks.experiment import Experiment
 from segvit.tasks.run import make_accelerator

@@ -40,8 +40,12 @@ class Written:
     text: str
 
 
-def examine(source: str | Path, *, leaks: bool, remember: bool = True, workers: int | None = None) -> Checked:
-    """Survey and diagnose a dataset; nothing is written but the doctor's own memory of the masks."""
+def examine(source: str | Path, *, leaks: bool = True, remember: bool = True, workers: int | None = None) -> Checked:
+    """Survey and diagnose a dataset: `.diagnosis.findings`, worst first, and `.diagnosis.proposal`, the YAML to paste.
+
+    `leaks` looks for the same pictures in train and val, `remember` keeps what was read for the next time; nothing else
+    is written. Raises UserError where there is nothing to read.
+    """
     with progress_bar("reading") as progress:
         found = survey(
             source, hashes=leaks, workers=workers, remember=remember,

@@ -66,12 +66,7 @@ def contact_sheet(dataset: Dataset, split: str, indices: list[int]) -> Image.Ima
             sheet.paste(picture, (x + (CELL - picture.width) // 2, y + (height - picture.height) // 2))
             pen.text((x, y + height + 3), shortened(name), INK, font)
         y += height + CAPTION + GAP
-    for number, line in enumerate(lines):
-        x, y = GAP, cells_high + number * 22
-        for name, color, wide in line:
-            pen.rectangle((x, y + 2, x + 13, y + 15), color, INK)
-            pen.text((x + 20, y), name, INK, font)
-            x += wide
+    draw_legend(pen, lines, cells_high)
     return sheet
 
 
@@ -95,6 +90,17 @@ def legend_lines(classes: Classes, ids: list[int], width: int) -> list[list[tupl
         lines[-1].append((classes.names[i], classes.palette[i], wide))
         used += wide
     return lines
+
+
+def draw_legend(pen: ImageDraw.ImageDraw, lines: list[list[tuple[str, tuple[int, int, int], int]]], top: int) -> None:
+    """Draw what `legend_lines` gives, 22 pixels a line, from row `top` on."""
+    font = ImageFont.load_default(13)
+    for number, line in enumerate(lines):
+        x, y = GAP, top + number * 22
+        for name, color, wide in line:
+            pen.rectangle((x, y + 2, x + 13, y + 15), color, INK)
+            pen.text((x + 20, y), name, INK, font)
+            x += wide
 
 
 def shortened(name: str, limit: int = 42) -> str:

@@ -18,6 +18,7 @@ from segvit.engine.evaluate import Evaluation, evaluate
 from segvit.engine.freeze import freeze
 from segvit.engine.interrupt import stop_requests
 from segvit.engine.memory import Footprint, is_out_of_memory
+from segvit.engine.optim import parameter_rates
 from segvit.engine.run import claim, locked, write_environment
 from segvit.files import write_json
 from segvit.inference.predictor import Predictor
@@ -28,8 +29,8 @@ from segvit.tasks.experiment import Experiment
 from segvit.tasks.finish import finish
 from segvit.tasks.memory import measure, memory_text, out_of_memory, settle_batch
 from segvit.tasks.overfit import learn_by_heart, verdict
-from segvit.tasks.run import Run, has_checkpoint, make_accelerator
-from segvit.zoo import check_channels, create_model, find_system, load_model, match_classes
+from segvit.tasks.run import Run, announce, has_checkpoint, make_accelerator
+from segvit.zoo import adapt, check_channels, create_model, find_system, load_model, match_classes
 
 if TYPE_CHECKING:
     from segvit.contracts import Model
@@ -108,7 +109,7 @@ def carry_out(run: Run, need: Footprint, chosen: str) -> None:
         run.resume()
         if chosen:
             run.log.message(chosen)
-        run.start_message(memory_text(run.experiment, need, run.accelerator))
+        announce(run, memory_text(run.experiment, need, run.accelerator))
         run.fit()
         return
     except BaseException as error:
@@ -145,7 +146,10 @@ def build_model(experiment: Experiment, classes: Classes, *, levels: tuple[float
     model.spec = input_spec(experiment, replace(model.spec, levels=levels))
     if experiment.init is not None:
         match_classes(model, load_model(experiment.init))
+    if experiment.adapter is not None:
+        adapt(model, experiment.adapter, **experiment.adapter_options)
     freeze(model, experiment.optim.freeze)
+    parameter_rates(model.named_parameters(), experiment.optim)  # refuses what it must before anything is written
     return model
 
 

@@ -46,6 +46,8 @@ class Experiment:
         num_classes: How many classes the data must have; None = as many as it has.
         weights: Pretrained backbone weights: a hub name, a local file, or none.
         init: Start from another run's model; its head is matched by class name.
+        adapter: Freeze the backbone and tune it by this method, see `segvit adapters list`; None = train everything.
+        adapter_options: Options of the method.
         steps: Length in optimiser steps; give this or epochs.
         epochs: Length in passes over the training images; give this or steps.
         batch_size: Images in a step, over all processes and micro-batches; auto = as many as fit, 64 at most.
@@ -66,6 +68,8 @@ class Experiment:
         overfit: Learn this many training images by heart, without augmentation, as a check of the whole; None = off.
         val_every: Steps between validations; 0 = only at the end.
         val_images: Validate on this many images during training, evenly spread; None = all. The end uses all.
+        val_pictures: Draw this many validation images beside label and prediction at each validation; 0 = none.
+        log: Tools that are told of each step besides the run folder's own files; needs segvit[logs].
         checkpoint_every: Steps between checkpoints that the run can be resumed from.
         skip_check: Train even where the dataset doctor (segvit data check) finds errors.
         resume: Go on with the run in out from its last checkpoint.
@@ -79,6 +83,8 @@ class Experiment:
     num_classes: int | None = None
     weights: str | None = None
     init: str | None = None
+    adapter: str | None = None
+    adapter_options: dict[str, Any] = field(default_factory=dict)
     steps: int | None = None
     epochs: float | None = None
     batch_size: int | Literal["auto"] = 16
@@ -99,6 +105,8 @@ class Experiment:
     overfit: int | None = None
     val_every: int = 1000
     val_images: int | None = None
+    val_pictures: int = 0
+    log: list[Literal["tensorboard", "wandb", "mlflow"]] = field(default_factory=list)
     checkpoint_every: int = 1000
     skip_check: bool = False
     resume: bool = False
@@ -113,7 +121,9 @@ class Experiment:
         for name, value in positive.items():
             if value is not None and value <= 0:
                 raise UserError(f"{name} must be positive, got {value}")
-        for name, value in (("workers", self.workers), ("val_every", self.val_every), ("seed", self.seed)):
+        counts = {"workers": self.workers, "val_every": self.val_every, "seed": self.seed,
+                  "val_pictures": self.val_pictures}  # fmt: skip
+        for name, value in counts.items():
             if value < 0:
                 raise UserError(f"{name} must not be negative, got {value}")
         if self.ema is not None and not 0 <= self.ema < 1:
@@ -127,6 +137,8 @@ class Experiment:
             raise UserError(f"optim.layer_decay must be in (0, 1], such as 0.75, got {self.optim.layer_decay}")
         if self.batch_size != "auto" and self.batch_size % self.accumulate:
             raise UserError(f"batch_size {self.batch_size} must be a multiple of accumulate {self.accumulate}")
+        if self.adapter_options and self.adapter is None:
+            raise UserError(f"adapter_options {self.adapter_options} belong to no adapter; set adapter too")
         if self.shard and self.ema is not None:
             raise UserError("ema keeps a whole copy of the weights on every device, which shard is to avoid; drop one")
         if self.resume and self.overwrite:

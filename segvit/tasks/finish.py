@@ -12,8 +12,9 @@ from segvit import __version__
 from segvit.contracts import InputSpec
 from segvit.data.dataset import Dataset
 from segvit.engine.evaluate import Evaluation, Suspect, evaluate, evaluation_record, ranked_images
+from segvit.engine.history import read_history
 from segvit.engine.report import Gallery, Picture, write_report
-from segvit.engine.run import RunLog, read_history
+from segvit.engine.run import RunLog
 from segvit.files import write_json, write_text
 from segvit.inference.prediction import as_picture
 from segvit.inference.predictor import Predictor, Views

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -14,6 +15,7 @@ from accelerate.utils import gather_object
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from segvit.adapters.files import save_adapter
 from segvit.contracts import Batch, UserError
 from segvit.data.dataset import Dataset
 from segvit.data.loading import living, train_batches
@@ -21,6 +23,7 @@ from segvit.engine.evaluate import evaluate
 from segvit.engine.fit import Progress, fit
 from segvit.engine.freeze import frozen_parts, train_mode
 from segvit.engine.interrupt import Stopped, StopRequest
+from segvit.engine.loggers import open_loggers
 from segvit.engine.optim import make_optimizer, parameter_rates
 from segvit.engine.pace import Pace
 from segvit.engine.run import BEST_STATE, PREVIOUS_STATE, STATE, RunLog
@@ -30,6 +33,7 @@ from segvit.inference.predictor import Predictor
 from segvit.metrics.confusion import Metrics
 from segvit.tasks.balance import class_balance
 from segvit.tasks.experiment import Experiment
+from segvit.tasks.pictures import side_by_side
 from segvit.tasks.procedure import make_procedure
 from segvit.zoo import save_model
 
@@ -74,9 +78,11 @@ class Run:
         resumes = experiment.resume and has_checkpoint(folder)
         self.found = newest_state([folder / place for place in STATES]) if resumes else None
         start = self.found[0]["step"] if self.found else 0
+        main = accelerator.is_main_process
+        loggers = open_loggers(experiment.log, folder, start=start, config=asdict(experiment)) if main else []
         self.log = RunLog(
-            folder, steps=self.procedure.steps, start=start, batch_size=experiment.images_a_step,
-            main=accelerator.is_main_process,
+            folder, steps=self.procedure.steps, start=start, batch_size=experiment.images_a_step, main=main,
+            loggers=loggers,
         )  # fmt: skip
 
     def resume(self) -> None:
@@ -194,6 +200,9 @@ class Run:
         weights = self.weights()
         predictor = Predictor(weights, device=self.accelerator.device)
         found = evaluate(predictor, self.dataset, "val", indices=mine, workers=self.experiment.workers)
+        if self.experiment.val_pictures and self.accelerator.is_main_process:
+            shown = range(min(count, self.experiment.val_pictures))
+            self.log.picture(self.progress.step, "val", side_by_side(predictor, self.dataset, "val", shown))
         restore_random(random)
         if self.twin is not None:
             self.twin.cpu()
@@ -212,29 +221,42 @@ class Run:
         return self.plain_model if self.average is None else cast("Model", self.average.module)
 
     def save_model(self) -> None:
-        """Write the model folder."""
+        """Write the model folder, and the adapter folder of a tuned backbone."""
         weights = self.weights()
         if self.accelerator.is_main_process:
             save_model(weights, self.folder / "model")
+            if weights.adapter is not None and self.experiment.adapter != "full":  # that would be the whole model again
+                save_adapter(weights, self.folder / "adapter", base=base_weights(self.experiment))
 
-    def start_message(self, memory: str) -> None:
-        """A few lines before the first step: what is about to happen, and the `memory` that it takes."""
-        trained = sum(rate.parameter.numel() for rate in self.rates)
-        total = sum(parameter.numel() for parameter in self.plain_model.parameters())
-        frozen = f" (frozen: {frozen_parts(self.plain_model)})" if trained < total else ""
-        val = self.dataset.count("val") if "val" in self.dataset.splits else 0
-        self.log.message(
-            f"{self.experiment.model}: {trained / 1e6:.2f} of {total / 1e6:.2f} M parameters train{frozen}; "
-            f"{self.dataset.count('train')} training and {val} validation images, {len(self.dataset.classes)} classes; "
-            f"{self.procedure.steps} steps of {self.experiment.batch_size} images on {self.accelerator.device} "
-            f"in {self.accelerator.mixed_precision.replace('no', 'fp32')}"
-        )
-        self.log.message(memory)
-        if self.balance.weights is not None:
-            self.log.message(self.balance.message(self.dataset.classes.names))
-        highest = max(rate.lr for rate in self.rates)
-        if self.experiment.optim.name == "adamw" and highest > LARGE_RATE:
-            self.log.message(f"warning: a learning rate of {highest:g} is large for AdamW; transformers rarely bear it")
+
+def announce(run: Run, memory: str) -> None:
+    """A few lines before the first step: what is about to happen, and the `memory` that it takes."""
+    experiment, dataset = run.experiment, run.dataset
+    trained = sum(rate.parameter.numel() for rate in run.rates)
+    total = sum(parameter.numel() for parameter in run.plain_model.parameters())
+    frozen = f" (frozen: {frozen_parts(run.plain_model)})" if trained < total else ""
+    val = dataset.count("val") if "val" in dataset.splits else 0
+    run.log.message(
+        f"{experiment.model}: {trained / 1e6:.2f} of {total / 1e6:.2f} M parameters train{frozen}; "
+        f"{dataset.count('train')} training and {val} validation images, {len(dataset.classes)} classes; "
+        f"{run.procedure.steps} steps of {experiment.batch_size} images on {run.accelerator.device} "
+        f"in {run.accelerator.mixed_precision.replace('no', 'fp32')}"
+    )
+    run.log.message(memory)
+    if run.balance.weights is not None:
+        run.log.message(run.balance.message(dataset.classes.names))
+    highest = max(rate.lr for rate in run.rates)
+    if experiment.optim.name == "adamw" and highest > LARGE_RATE:
+        run.log.message(f"warning: a learning rate of {highest:g} is large for AdamW; transformers rarely bear it")
+
+
+def base_weights(experiment: Experiment) -> str:
+    """Where an adapter's loader finds the frozen weights: a hub name, an absolute path, or the run's own model."""
+    source = experiment.init or experiment.weights
+    if source in (None, "none"):
+        return "../model"
+    path = Path(source).expanduser()
+    return str(path.resolve()) if path.exists() else source
 
 
 def has_checkpoint(folder: Path) -> bool:

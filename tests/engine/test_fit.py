@@ -211,7 +211,7 @@ def test_an_overflow_of_fp16_leaves_out_the_step_and_halves_the_scale():
     assert any(not torch.equal(third[key], second[key]) for key in first)
 
 
-def test_scaling_changes_neither_the_step_nor_the_reported_norm(accelerator):
+def test_the_reported_norm_is_that_of_the_unscaled_gradients(accelerator):
     plain, scaled = tiny(), tiny()
     expected = run(plain, parted(batches(2, 4), 2), accelerator, steps=2, clip=1.0)
     found = run(scaled, parted(batches(2, 4), 2), half("fp16"), steps=2, clip=1.0)

@@ -7,62 +7,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from segvit.contracts import Dense
-from segvit.losses.binary import focal_and_dice
 from segvit.losses.cross_entropy import logits_at, pixel_counts, pixel_cross_entropy
 from segvit.losses.masks import binary_targets, present_classes
-
-sizes = st.integers(1, 9)
-
-
-def pair(count: int, height: int, width: int, seed: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    logits = 3 * torch.randn(count, height, width, generator=generator, dtype=torch.float64)
-    return logits, torch.rand(count, height, width, generator=generator) < 0.4
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    sizes, sizes, sizes, st.integers(0, 99), st.sampled_from([0.0, 0.25, 0.5, 1.0]),
-    st.sampled_from([0.0, 1.0, 2.0, 3.5]), st.sampled_from([0.5, 1.0, 10.0]),
-)  # fmt: skip
-def test_focal_and_dice(
-    count: int, height: int, width: int, seed: int, alpha: float, gamma: float, smooth: float
-) -> None:
-    """Values and gradients against the formulas through plain autograd."""
-    logits, targets = pair(count, height, width, seed)
-    ours, plain = logits.clone().requires_grad_(), logits.clone().requires_grad_()
-    focal, dice = focal_and_dice(ours, targets, alpha=alpha, gamma=gamma, smooth=smooth)
-    p = plain.sigmoid()
-    right = torch.where(targets, p, 1 - p)
-    weight = torch.where(targets, alpha, 1 - alpha)
-    focal_too = (-weight * (1 - right) ** gamma * right.log()).flatten(1).mean(1)
-    overlap, total = (p * targets).flatten(1).sum(1), p.flatten(1).sum(1) + targets.flatten(1).sum(1)
-    dice_too = 1 - (2 * overlap + smooth) / (total + smooth)
-    torch.testing.assert_close(focal, focal_too)
-    torch.testing.assert_close(dice, dice_too)
-    factors = torch.arange(1, count + 1, dtype=torch.float64)
-    (focal @ factors + 0.7 * (dice @ factors)).backward()
-    (focal_too @ factors + 0.7 * (dice_too @ factors)).backward()
-    torch.testing.assert_close(ours.grad, plain.grad)
-
-
-def test_focal_of_certain_logits_is_finite() -> None:
-    logits = torch.tensor([[[200.0, -200.0]]], requires_grad=True)
-    focal, dice = focal_and_dice(logits, torch.tensor([[[False, True]]]))
-    (focal + dice).sum().backward()
-    assert focal.item() == pytest.approx((0.75 * 200 + 0.25 * 200) / 2)
-    assert torch.isfinite(logits.grad).all()
-
-
-def test_mask_losses_of_nothing() -> None:
-    logits = torch.zeros(0, 4, 5, requires_grad=True)
-    focal, dice = focal_and_dice(logits, torch.zeros(0, 4, 5, dtype=torch.bool))
-    assert focal.shape == dice.shape == (0,)
-    (focal.sum() + dice.sum()).backward()
-    assert logits.grad.shape == (0, 4, 5)
 
 
 @settings(max_examples=25, deadline=None)

@@ -18,6 +18,8 @@ CLASSES = Classes(("wall", "sky", "tree", "road", "car"), tuple((i, 2 * i, 9) fo
 VIT: dict[str, Any] = {"image_size": 32, "patch_size": 8, "depth": 3, "embed_dim": 128}
 LEVELS: dict[str, Any] = VIT | {"out_indices": [0, 1, 2]}
 RESNET: dict[str, Any] = {"backbone": "resnet18"}
+PYRAMID: dict[str, Any] = {"backbone": "pvt_v2_b0"}
+PVT: dict[str, Any] = {"depths": [1] * 4, "dims": [16, 16, 20, 32], "position_size": 64}
 DPT: dict[str, Any] = {"decoder_intermediate_channels": [16, 16, 32, 32], "decoder_fusion_channels": 16}
 
 
@@ -28,6 +30,8 @@ class Family(NamedTuple):
     cell: int = 8  # images are padded to multiples of it
     stride: int = 8  # of the logits
     side: int = 32  # of training images; large enough that every map has several cells
+    least: int = 1  # smaller images are padded to that many pixels a side
+    additive: dict[str, Any] = {}  # of the criterion's options, those with which micro-batches add up
 
 
 FAMILIES = {  # the longest that fits counts
@@ -47,6 +51,15 @@ FAMILIES = {  # the longest that fits counts
     "upernet": Family(RESNET | {"decoder": {"decoder_channels": 32}}, cell=32, stride=4, side=64),
     "segformer": Family(RESNET, cell=32, stride=4, side=64),
     "dpt": Family({"backbone": "vit_tiny_patch16_224", "image_size": 64, "decoder": DPT}, cell=32, stride=1, side=64),
+    "semantic_fpn": Family(PYRAMID | {"fpn_dim": 32, "head_dim": 32}, cell=32, stride=4, side=64),
+    "semantic_fpn_pvt": Family(PVT | {"fpn_dim": 32, "head_dim": 32}, cell=1, stride=4, least=32, side=64),
+    "semantic_fpn_pvt_v2": Family(PYRAMID | {"fpn_dim": 32, "head_dim": 32}, cell=32, stride=4, side=64),
+    "ftn": Family({"depths": [1] * 4, "embed_dim": 32, "dim": 32}, cell=1, least=64, side=64),
+    "ddrnet": Family(
+        {"planes": 8, "spp_planes": 16, "head_planes": 16}, side=128, additive={"ohem": 0.0, "cross_entropy": 1.0}
+    ),
+    "rsseg": Family(LEVELS | {"layers": 2, "dim": 32}),
+    "rsseg_pyramid": Family(PYRAMID | {"layers": 2, "dim": 32}, cell=32, side=64),
     "setr_hlg": Family(
         {"dims": [32] * 4, "heads": [2] * 4, "depths": [1, 2, 1, 1], "width": 32}, cell=32, stride=4, side=128
     ),
@@ -55,7 +68,8 @@ FAMILIES = {  # the longest that fits counts
 KINDS = [
     "segvit_vit_tiny", "segvit_shrunk_vit_tiny", "segmenter_vit_tiny", "segmenter_linear_vit_base",
     "setr_naive_vit_tiny", "setr_pup_tiny", "setr_mla_vit_tiny", "setr_hlg_tiny",
-    "lraspp", "unet", "pspnet", "segformer", "dpt",
+    "lraspp", "unet", "pspnet", "segformer", "dpt", "semantic_fpn_pvt_tiny", "semantic_fpn_pvt_v2_b0", "ftn_tiny",
+    "ddrnet_23_slim", "rsseg_vit_tiny",
 ]  # fmt: skip
 
 
@@ -93,11 +107,13 @@ def random_masks(count: int, height: int, width: int) -> Tensor:
     return masks.to(torch.uint8)
 
 
-def losses(name: str, out: Dense, masks: Tensor, totals: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+def losses(
+    name: str, out: Dense, masks: Tensor, totals: dict[str, Tensor] | None = None, **options: Any
+) -> dict[str, Tensor]:
     system = find_system(name)
     if totals is None:
         totals = system.normalisers(masks, num_classes=K, ignore_index=255)
-    return system.criterion(out, masks, totals, ignore_index=255)
+    return system.criterion(out, masks, totals, ignore_index=255, **options)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -108,8 +124,8 @@ def test_output(name: str) -> None:
             out = model(torch.randn(2, 3, *size))
         assert isinstance(out, Dense)
         assert out.logits.shape[:2] == (2, K)
-        cell, stride = family(name).cell, family(name).stride
-        assert out.covers == tuple(-(-side // cell) * cell for side in size)
+        cell, stride, least = family(name).cell, family(name).stride, family(name).least
+        assert out.covers == tuple(max(least, -(-side // cell) * cell) for side in size)
         assert out.logits.shape[-2:] == tuple(side // stride for side in out.covers)
         assert all(torch.isfinite(t).all() for t in (out.logits, *out.extras.values()))
     assert model.classes is CLASSES
@@ -197,8 +213,9 @@ def test_micro_batches_add_up_to_the_whole_batch(name: str, empty_half: bool) ->
     parts = [system.normalisers(masks[half], num_classes=K, ignore_index=255) for half in halves]
     assert all(value.shape == () for value in totals.values())
     assert all(int(value) == sum(int(part[key]) for part in parts) for key, value in totals.items())
-    whole = losses(name, model(images), masks, totals)
-    terms = [losses(name, model(images[half]), masks[half], totals) for half in halves]
+    additive = family(name).additive
+    whole = losses(name, model(images), masks, totals, **additive)
+    terms = [losses(name, model(images[half]), masks[half], totals, **additive) for half in halves]
     for key, value in whole.items():
         added = torch.stack([part[key] for part in terms]).sum()
         torch.testing.assert_close(added, value, atol=1e-7, rtol=1e-6)

@@ -55,6 +55,23 @@ def test_odd_and_non_square_grids(make: Any, size: tuple[int, int], seeded: torc
     torch.testing.assert_close(part, by_hand(out, size)[:, :, 3:7], atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("make", [plain, shrunk])
+def test_masks_and_their_softmax_are_in_fp32_under_autocast(make: Any, seeded: torch.Generator) -> None:
+    model, images = make(), torch.randn(2, 3, 32, 32)
+    exact = model(images).extras
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(images)
+    masks = {name: value for name, value in out.extras.items() if name.endswith("masks")}
+    assert {value.dtype for value in masks.values()} == {torch.float32}
+    assert out.extras["class_logits"].dtype == torch.bfloat16  # the network itself is not
+    for name, value in masks.items():
+        assert (value != value.bfloat16()).any()  # heads are averaged and stages added up without rounding
+        torch.testing.assert_close(value, exact[name], atol=0.05, rtol=0.05)
+    half = make().bfloat16()(images.bfloat16())  # without autocast too
+    assert half.logits.isfinite().all()
+    assert scores(half, (32, 32), range(32)).isfinite().all()
+
+
 @torch.no_grad()
 def test_shrunk_tokens(seeded: torch.Generator) -> None:
     """Every second row and column goes on; odd sides are rounded up."""
@@ -147,9 +164,9 @@ def test_maps_of_several_sizes_are_brought_to_the_shallowest(seeded: torch.Gener
 def test_mask_losses_only_for_present_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def count(logits: Tensor, targets: Tensor, **options: float) -> tuple[Tensor, Tensor]:
-        seen.append((tuple(logits.shape), targets.flatten(1).sum(1).tolist()))
-        return logits.mean(dim=(1, 2)), logits.mean(dim=(1, 2))
+    def count(maps: Tensor, masks: Tensor, pairs: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        seen.append((tuple(maps.shape), pairs.tolist(), options["covers"]))
+        return maps.mean(dim=(1, 2)), maps.mean(dim=(1, 2))
 
     monkeypatch.setattr(segvit, "focal_and_dice", count)
     masks = torch.zeros(2, 32, 32, dtype=torch.uint8)
@@ -158,7 +175,7 @@ def test_mask_losses_only_for_present_classes(monkeypatch: pytest.MonkeyPatch) -
     totals = normalisers(masks, num_classes=K, ignore_index=255)
     assert {key: int(value) for key, value in totals.items()} == {"images": 2, "present": 3}
     terms = criterion(out, masks, totals)
-    assert seen == [((3, 32, 32), [26 * 32, 4 * 32, 32 * 32])] * 3  # (image 0, class 0), (0, 3), (1, 1)
+    assert seen == [((3, 4, 4), [[0, 0], [0, 3], [1, 1]], (32, 32))] * 3
     assert list(terms) == [f"loss_{kind}{suffix}" for suffix in ("", "_0", "_1") for kind in ("ce", "mask", "dice")]
 
 

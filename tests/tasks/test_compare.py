@@ -10,7 +10,7 @@ import pytest
 
 from segvit import cli
 from segvit.contracts import UserError
-from segvit.engine.run import read_history
+from segvit.engine.history import read_history
 from segvit.tasks import compare
 from segvit.tasks.compare import Budget
 from tests.tasks.tiny import DATA
@@ -33,7 +33,7 @@ def test_every_figure_is_there(finished: tuple[Path, compare.Compared]) -> None:
     folder, result = finished
     assert result.complete
     rows = {row["name"]: row for row in result.report["models"]}
-    assert rows["lraspp"]["parameters"] == 3_219_256
+    assert rows["lraspp"]["parameters"] == 3_219_328  # torchvision tells 3,221,538 for 21 classes
     for name, row in rows.items():
         assert row["steps"] == 3
         assert len([line for line in read_history(folder / name) if "val" not in line]) == 3
@@ -115,7 +115,6 @@ def test_optimisers_and_sizes_by_kind_of_model() -> None:
     unet, setr = (compare.of_model(base, name, None) for name in ("unet", "setr_pup_tiny"))
     assert (unet.optim.name, unet.options) == ("sgd", {})
     assert (setr.optim.name, setr.options) == ("adamw", {"image_size": [32, 48]})
-    assert compare.of_model(base, "semantic_fpn", None).options == {"image_size": 48}
 
 
 def test_a_recipe_serves_all_but_keeps_its_model_to_itself(tmp_path: Path) -> None:

@@ -37,7 +37,14 @@ def test_the_report_says_what_metrics_json_says(run):
             assert f"<span>{100 * row['iou']:.2f}</span>" in page
             assert f"<td>{100 * row['boundary_iou']:.2f}</td>" in page
     assert f"{100 * record['calibration']['ece']:.2f}" in page
-    for word in ("Worst images", "Confusion", "Edges and confidence", "How it was made", "whole images", "single scale"):
+    for word in (
+        "Worst images",
+        "Confusion",
+        "Edges and confidence",
+        "How it was made",
+        "whole images",
+        "single scale",
+    ):
         assert word in page
 
 
@@ -74,9 +81,7 @@ def test_the_protocol_names_scales_and_flips_and_another_folder(run, tmp_path, c
 def test_a_browser_shows_the_whole_report(run, tmp_path):
     page, picture = run / "evaluation" / "val" / "index.html", tmp_path / "page.png"
     flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    shown = subprocess.run(
-        [CHROMIUM, *flags, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120
-    )
+    shown = subprocess.run([CHROMIUM, *flags, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120)
     assert shown.returncode == 0
     assert shown.stdout.count("<img") == page.read_text().count("<img")
     assert shown.stdout.count("<svg") == page.read_text().count("<svg")

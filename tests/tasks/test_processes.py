@@ -1,6 +1,7 @@
 """Several real processes (gloo): the same samples, losses and integers as one, whole files from sharded weights."""
 
 import json
+import socket
 import subprocess
 import sys
 
@@ -38,7 +39,7 @@ def one(tmp_path_factory):
 
 
 def agree(folder, one):
-    """Losses to 1e-5, gradient norms, and the very integers of the confusion matrix where labels do not sit on edges."""
+    """Losses to 1e-5, gradient norms, and the integers of the confusion matrix but for labels on an edge."""
     ours, theirs = steps(folder), steps(one)
     assert [row["step"] for row in ours] == [row["step"] for row in theirs] == list(range(1, 21))
     for row, expected in zip(ours, theirs, strict=True):
@@ -73,6 +74,25 @@ def test_sharded_weights_give_whole_files_and_resume(tmp_path, one):
         key: tuple(value.shape) for key, value in load_model(one).state_dict().items()
     }
     load_model(folder)  # in one process
+
+
+@pytest.mark.slow
+def test_two_nodes_are_one_too(tmp_path, one):
+    """The command line of several nodes, both on this machine."""
+    recipe = write_recipe(tmp_path / "recipe.yaml", **LONG)
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
+        f"--rdzv_endpoint=localhost:{port}", "--rdzv_id=night", "-m", "segvit", "train", "--config", str(recipe),
+        "--out", str(tmp_path / "run"),
+    ]  # fmt: skip
+    nodes = [subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for node in nodes:
+        _, said = node.communicate(timeout=300)
+        assert node.returncode == 0, said[-3000:]
+    agree(tmp_path / "run", one)
 
 
 def test_sharding_needs_company(tmp_path, capsys):

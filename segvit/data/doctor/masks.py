@@ -16,6 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from segvit.contracts import Color
 from segvit.data.arrays import load_array
 from segvit.data.decode import BOMB, INTEGER_MODES, is_array_file
+from segvit.data.doctor.rows import count_rows
 from segvit.data.doctor.tables import MaskFile
 
 MAX_VALUES = 512  # kept of one mask; class masks have fewer, JPEG and interpolation make any number
@@ -33,9 +34,7 @@ def look_at_mask(path: Path, data: bytes) -> MaskFile:
     try:
         if is_array_file(path):
             return _of_array(path)
-        picture = Image.open(BytesIO(data))
-        picture.load()
-        return _of_picture(picture)
+        return _of_picture(Image.open(BytesIO(data)), data)
     except Exception as error:  # decoders raise anything on damaged files, and one of many must not end the survey
         return MaskFile("", error=reason_of(error, path))
 
@@ -75,13 +74,19 @@ def from_json(path: str, record: dict[str, Any]) -> MaskFile:
     )  # fmt: skip
 
 
-def _of_picture(picture: Image.Image) -> MaskFile:
-    values, coloured = _count(picture)
+def _of_picture(picture: Image.Image, data: bytes) -> MaskFile:
+    counts = count_rows(picture, data)
+    if counts is not None:
+        assert picture.palette is not None
+        values, coloured, palette = _nonzero(counts.tolist()), False, picture.palette.getdata()[1]
+    else:
+        picture.load()
+        values, coloured = _count(picture)
+        palette = bytes(picture.getpalette() or []) if picture.mode == "P" else b""
     kept = _most_frequent(values)
-    palette = picture.getpalette() if picture.mode == "P" else None
     return MaskFile(
         "", (picture.height, picture.width), picture.mode, picture.format or "", coloured, kept, len(values),
-        _colors_of(kept, palette) if palette else {},
+        _colors_of(kept, palette),
     )  # fmt: skip
 
 
@@ -106,9 +111,9 @@ def _count(picture: Image.Image) -> tuple[Values, bool]:
     """Pixels of each raw value, and whether the values are colours."""
     mode = picture.mode
     if mode in ("L", "P"):
-        return _count_bytes(picture), False
+        return _nonzero(picture.histogram()), False
     if mode == "LA":
-        return _count_bytes(picture.getchannel("L")), False
+        return _nonzero(picture.getchannel("L").histogram()), False
     if mode in INTEGER_MODES:
         return _count_numbers(np.asarray(picture)), False
     if mode in ("RGB", "RGBA"):
@@ -119,8 +124,8 @@ def _count(picture: Image.Image) -> tuple[Values, bool]:
     raise ValueError(f"pixels of kind {mode} cannot hold classes; save an 8-bit PNG")
 
 
-def _count_bytes(picture: Image.Image) -> Values:
-    return {value: pixels for value, pixels in enumerate(picture.histogram()) if pixels}
+def _nonzero(counts: list[int]) -> Values:
+    return {value: pixels for value, pixels in enumerate(counts) if pixels}
 
 
 def _count_numbers(pixels: NDArray[Any]) -> Values:
@@ -151,6 +156,6 @@ def _most_frequent(values: Values) -> Values:
     return dict(sorted(values.items()))
 
 
-def _colors_of(values: Values, palette: list[int]) -> dict[int, Color]:
-    inside = (value for value in values if 3 * value + 2 < len(palette))
+def _colors_of(values: Values, palette: bytes) -> dict[int, Color]:
+    inside = (value for value in values if palette and 3 * value + 2 < len(palette))
     return {value: (palette[3 * value], palette[3 * value + 1], palette[3 * value + 2]) for value in inside}

@@ -234,7 +234,7 @@ def blue_first(seen: dict[int, Seen], basis: Reading) -> Answer | None:
 
 
 def not_listed(seen: dict[int, Seen], masks: int, basis: Reading, unknown: Sequence[int]) -> Answer:
-    """`unknown_values`: values that no class lists, proposed to be ignored where that leaves classes and most pixels."""
+    """`unknown_values`: values that no class lists, proposed to be ignored if classes and most pixels remain."""
     colored, known = basis.colored, basis.meaning()
     pixels = sum(value.pixels for value in seen.values())
     part = sum(seen[value].pixels for value in unknown) / pixels
