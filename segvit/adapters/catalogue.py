@@ -8,9 +8,9 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-from torch import nn
+from torch import Tensor, nn
 
 from segvit.adapters import conv_adapter, lora, pro_tuning, spm, ssf, svf, tuning, vpt
 from segvit.adapters.handle import Handle
@@ -33,6 +33,16 @@ ADAPTERS: dict[str, Method] = {
     "norm_only": tuning.norm_only,
     "full": tuning.full,
 }
+
+
+class AdapterLoss(NamedTuple):
+    """What a method adds to the system's loss."""
+
+    losses: Callable[..., dict[str, Tensor]]  # (out, masks, totals, *, ignore_index) -> weighted terms
+    normalisers: Callable[..., dict[str, Tensor]]  # (masks, *, ignore_index) -> sums over the batch
+
+
+LOSSES: dict[str, AdapterLoss] = {"spm": AdapterLoss(spm.losses, spm.normalisers)}
 
 
 def find_adapter(name: str) -> Method:

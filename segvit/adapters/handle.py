@@ -73,8 +73,11 @@ class Handle:
         owner = self.root.get_submodule(path.rpartition(".")[0])
         moving = list(owner.buffers(recurse=False)) if isinstance(owner, nn.modules.batchnorm._BatchNorm) else []
         known = {id(tensor) for tensor, _ in self.tuned}
-        # The copies stay in main memory, so that full tuning costs the device nothing.
-        self.tuned += [(item, item.detach().cpu().clone()) for item in [parameter, *moving] if id(item) not in known]
+        for item in [parameter, *moving]:
+            if id(item) not in known:
+                # Kept in main memory, so that full tuning costs the device nothing; on meta there is nothing to keep.
+                kept = item.detach() if item.is_meta else item.detach().cpu()
+                self.tuned.append((item, kept.clone()))
 
     @property
     def names(self) -> list[str]:

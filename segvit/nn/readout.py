@@ -42,17 +42,6 @@ def source_rows(height: int, new_height: int, rows: range) -> tuple[list[int], l
     return above, [place - row for place, row in zip(places, above, strict=True)]
 
 
-def bilinear_products(maps: Tensor, size: Size, crop: Size) -> Tensor:
-    """The bilinear resize of (..., h, w) to `size`, cropped to the first `crop` rows and columns, as two products.
-
-    For training: the products and their gradients cost a fraction of the library's resize and its gradient.
-    """
-    height, width = maps.shape[-2:]
-    vertical = bilinear_matrix(height, size[0], device=maps.device, dtype=maps.dtype)[: crop[0]]  # (H, h)
-    horizontal = bilinear_matrix(width, size[1], device=maps.device, dtype=maps.dtype)[: crop[1]]  # (W, w)
-    return vertical @ (maps @ horizontal.mT)
-
-
 def bilinear_matrix(old: int, new: int, *, device: torch.device, dtype: torch.dtype) -> Tensor:
     """(new, old): each row has the weights of the two neighbours that make one output row."""
     above, blend = source_rows(old, new, range(new))

@@ -78,12 +78,7 @@ class Run:
         resumes = experiment.resume and has_checkpoint(folder)
         self.found = newest_state([folder / place for place in STATES]) if resumes else None
         start = self.found[0]["step"] if self.found else 0
-        main = accelerator.is_main_process
-        loggers = open_loggers(experiment.log, folder, start=start, config=asdict(experiment)) if main else []
-        self.log = RunLog(
-            folder, steps=self.procedure.steps, start=start, batch_size=experiment.images_a_step, main=main,
-            loggers=loggers,
-        )  # fmt: skip
+        self.log = open_log(experiment, folder, accelerator, steps=self.procedure.steps, start=start)
 
     def resume(self) -> None:
         """Take up the last checkpoint, if the experiment asks for it and there is one."""
@@ -262,6 +257,15 @@ def base_weights(experiment: Experiment) -> str:
 def has_checkpoint(folder: Path) -> bool:
     """Whether there is anything to resume from."""
     return any((folder / place).exists() for place in STATES)
+
+
+def open_log(experiment: Experiment, folder: Path, accelerator: Accelerator, *, steps: int, start: int) -> RunLog:
+    """The run's log, with the tools that the experiment names; these hear only of the main process."""
+    main = accelerator.is_main_process
+    loggers = open_loggers(experiment.log, folder, start=start, config=asdict(experiment)) if main else []
+    return RunLog(
+        folder, steps=steps, start=start, batch_size=experiment.images_a_step, main=main, loggers=loggers
+    )  # fmt: skip
 
 
 def make_accelerator(experiment: Experiment) -> Accelerator:

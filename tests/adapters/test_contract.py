@@ -30,7 +30,7 @@ PLAIN = {  # of timm, cut to two blocks: two prefix tokens, one scale a head, ro
     "deit_tiny_distilled_patch16_224": {}, "vit_tiny_patch16_224": {}, "eva02_tiny_patch14_224": {"embed_dim": 64},
     "beit_base_patch16_224": {"embed_dim": 64}, "vit_small_patch14_reg4_dinov2": {},
 }  # fmt: skip
-IDENTITY = {"lora", "head_only", "bitfit", "norm_only", "full", "svf"}  # the output is the base's until trained
+IDENTITY = {"lora", "head_only", "bitfit", "norm_only", "full", "svf", "spm", "pro_tuning"}  # the output is the base's until trained
 MERGEABLE = {"ssf", "lora", "svf", "head_only", "bitfit", "norm_only", "full"}
 PYRAMIDS_ONLY = {"conv_adapter"}
 PLAIN_METHODS = sorted(set(ADAPTERS) - PYRAMIDS_ONLY)
@@ -251,3 +251,22 @@ def test_names_and_options_are_checked() -> None:
         adapt(build(), "vpt_deep", prompts=3)
     with pytest.raises(UserError, match="no backbone"):
         create_model("ddrnet_23_slim", num_classes=2, adapter="ssf")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["vpt_deep", "vpt_shallow", "ssf", "lora"])
+def test_swin_in_a_system(method: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    options = {"target_modules": ["qkv", "reduction"]} if method == "lora" else {}
+    model = create_model(
+        "semantic_fpn", num_classes=K, backbone="swin_tiny_patch4_window7_224", fpn_dim=16, head_dim=16
+    ).eval()
+    plain = set(model.state_dict())
+    save_model(model, tmp_path / "base")
+    adapt(model, method, **options)
+    assert plain != set(model.state_dict())
+    shake(model)
+    save_adapter(model, tmp_path / "adapter", base="../base")
+    out = model.eval()(images(70)).logits
+    loaded = load_model(tmp_path / "adapter")
+    torch.testing.assert_close(loaded(images(70)).logits, out, rtol=1e-3, atol=1e-4)

@@ -111,7 +111,9 @@ def test_bias_beside_prompts() -> None:
 
 def swin() -> Any:
     torch.manual_seed(0)
-    network = timm.create_model("swin_tiny_patch4_window7_224", features_only=True, img_size=64, strict_img_size=False, **SWIN)
+    network = timm.create_model(
+        "swin_tiny_patch4_window7_224", features_only=True, img_size=64, strict_img_size=False, **SWIN
+    )
     found = pyramid("swin_tiny_patch4_window7_224")
     found.network = network
     return found.requires_grad_(False).eval()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +12,9 @@ from segvit.cli import main
 from segvit.contracts import UserError
 from segvit.tasks.dense import build_model, train
 from segvit.tasks.experiment import Experiment
-from segvit.zoo import load_model
-from tests.tasks.tiny import experiment, history, write_recipe
+from segvit.tasks.run import Run
+from segvit.zoo import load_model, numbered_classes
+from tests.tasks.tiny import experiment, steps, write_recipe
 
 
 def test_the_optimiser_sees_only_what_trains(tmp_path, capsys):
@@ -77,17 +77,26 @@ def test_an_average_is_saved_with_its_adapter(tmp_path):
     torch.testing.assert_close(load_model(run.folder / "adapter")(images).logits, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_resumed_run_is_the_whole_run(tmp_path):
-    options = {"adapter": "vpt_deep", "adapter_options": {"num_prompts": 2}, "checkpoint_every": 3}
+@pytest.mark.parametrize("adapter", ["vpt_deep", "lora"])
+def test_a_resumed_run_is_the_whole_run(tmp_path, monkeypatch, adapter):
+    base = train(experiment(tmp_path / "base", steps=1))
+    options = {"adapter": adapter, "init": str(base.folder), "checkpoint_every": 3}
     whole = train(experiment(tmp_path / "whole", **options))
-    parts = experiment(tmp_path / "parts", **options)
-    train(parts)
-    state = tmp_path / "parts" / "checkpoints"
-    (state / "previous").exists()
-    expected = load_model(whole.folder).state_dict()
-    for name, value in load_model(parts.out).state_dict().items():
-        torch.testing.assert_close(value, expected[name], rtol=0, atol=0)
-    assert [row for row in history(whole.folder) if "val" in row] == [row for row in history(Path(parts.out)) if "val" in row]
+    save = Run.save
+
+    def stop(self, *, best):
+        save(self, best=best)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "save", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(experiment(tmp_path / "parts", **options))
+    monkeypatch.setattr(Run, "save", save)
+    parts = train(experiment(tmp_path / "parts", resume=True, **options))
+    assert steps(parts.folder) == steps(whole.folder)
+    for name in ("model/model.safetensors", "adapter/adapter_model.safetensors"):
+        assert (parts.folder / name).read_bytes() == (whole.folder / name).read_bytes()
+    load_model(parts.folder / "adapter")
 
 
 def test_mistakes_are_found_before_anything_is_written(tmp_path):
@@ -131,12 +140,7 @@ def test_options_on_the_command_line(tmp_path, monkeypatch):
     seen: list[Experiment] = []
     monkeypatch.setattr("segvit.tasks.dense.train", seen.append)
     recipe = write_recipe(tmp_path / "recipe.yaml")
-    main(["train", "--config", str(recipe), "--out", "x", "--adapter", "vpt_deep", "--adapter_options.num_prompts", "3"])
+    options = ["--adapter", "vpt_deep", "--adapter_options.num_prompts", "3"]
+    main(["train", "--config", str(recipe), "--out", "x", *options])
     assert seen[0].adapter_options == {"num_prompts": 3}
-    assert build_model(seen[0], load_classes()).backbone.gaps["0"].prompt_embeddings.shape == (1, 3, 64)
-
-
-def load_classes():
-    from segvit.zoo import numbered_classes
-
-    return numbered_classes(3)
+    assert build_model(seen[0], numbered_classes(3)).backbone.gaps["0"].prompt_embeddings.shape == (1, 3, 64)
