@@ -7,16 +7,20 @@ inputs and returns the outputs under the official names.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from segvit.backbones.vit import PlainViT
-from segvit.contracts import Dense
-from segvit.engine.optim import clip_gradients, make_optimizer, parameter_rates, set_rates
+from segvit.contracts import Batch, Dense
+from segvit.engine.fit import Procedure, Progress, fit
+from segvit.engine.optim import make_optimizer, parameter_rates
 from segvit.engine.schedule import learning_rate
 from segvit.systems import segmenter, segvit
 from tests.golden.run import Case
@@ -140,7 +144,7 @@ def whole(case: Case) -> dict[str, Tensor]:
 
 
 def trajectory(case: Case) -> dict[str, Tensor]:
-    """Training iterations in fp32 (everything) and fp64 (losses), through our groups, schedule, clipping and AdamW."""
+    """Training iterations in fp32 (everything) and fp64 (losses), through the training loop itself."""
     single, double = _train(case, torch.float32), _train(case, torch.float64)
     return single | {k.replace("step.", "step64."): v for k, v in double.items() if k.startswith("step.")}
 
@@ -157,32 +161,44 @@ def _train(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
     loss_config = config["model"]["decode_head"]["loss_decode"]
     log: dict[str, list[float]] = {}
     outputs: dict[str, Tensor] = {}
-    logged_rates: list[list[float]] = []
-    model.train()
-    for step in range(config["steps"]):
-        set_rates(optimizer, schedule, step, config["max_iters"])
-        by_name = {
-            rate.name: learning_rate(schedule, step, base=rate.lr, steps=config["max_iters"]) for rate in parameters
-        }
-        logged_rates.append([by_name[column] for column in config["lr_columns"]])
-        images, labels = case.inputs["image"][step].to(dtype), case.inputs["label"][step]
-        out = model(images)
-        totals = segvit.normalisers(labels, num_classes=loss_config["num_classes"], ignore_index=config["ignore_index"])
-        losses = segvit.criterion(out, labels, totals, ignore_index=config["ignore_index"])
-        loss = torch.stack(list(losses.values())).sum()
-        optimizer.zero_grad()
-        loss.backward()
-        norm = clip_gradients(model.parameters(), config["grad_clip"]["max_norm"] if config["grad_clip"] else None)
-        if step == 0:
-            outputs |= {f"grad0.{name}": p.grad.clone() for name, p in official if p.grad is not None}
-        optimizer.step()
-        valid = labels != config["ignore_index"]
+    seen: list[Dense] = []
+    model.register_forward_hook(lambda module, inputs, out: seen.append(out))
+
+    def note_gradients(*_: Any) -> None:
+        if len(seen) == 1:
+            outputs.update({f"grad0.{name}": p.grad.clone() for name, p in official if p.grad is not None})
+
+    def note(row: dict[str, Any]) -> None:
+        labels, out = case.inputs["label"][row["step"] - 1], seen[-1]
         scores = segvit.scores(out, labels.shape[-2:], range(labels.shape[-2]))
-        accuracy = 100 * (scores.argmax(1) == labels)[valid].float().mean()
-        for name, value in {**losses, "loss": loss, "grad_norm": norm, "acc_seg": accuracy}.items():
-            log.setdefault(f"step.{name}", []).append(torch.as_tensor(value).item())
+        right = (scores.argmax(1) == labels)[labels != config["ignore_index"]]
+        values = {name: value for name, value in row.items() if name.startswith("loss") or name == "grad_norm"}
+        for name, value in (values | {"acc_seg": 100 * right.float().mean().item()}).items():
+            log.setdefault(f"step.{name}", []).append(value)
+
+    optimizer.register_step_pre_hook(note_gradients)
+    ignore = config["ignore_index"]
+    procedure = Procedure(
+        criterion=partial(segvit.criterion, ignore_index=ignore), schedule=schedule, steps=config["max_iters"],
+        normalisers=partial(segvit.normalisers, num_classes=loss_config["num_classes"], ignore_index=ignore),
+        clip=config["grad_clip"]["max_norm"] if config["grad_clip"] else None,
+    )  # fmt: skip
+    images, labels = case.inputs["image"], case.inputs["label"]
+    batches = ([Batch(images[i].to(dtype), labels[i], [str(i)])] for i in range(config["steps"]))
+    with suppress(StopIteration):  # the schedule is longer than what was recorded
+        fit(
+            model, optimizer, batches, procedure=procedure, accelerator=Accelerator(cpu=True), progress=Progress(),
+            average=None, report=note, after=lambda step: None,
+        )  # fmt: skip
     outputs |= {name: torch.tensor(values, dtype=torch.float64) for name, values in log.items()}
-    outputs["lr"] = torch.tensor(logged_rates, dtype=torch.float64)
+    rates = {rate.name: rate.lr for rate in parameters}
+    outputs["lr"] = torch.tensor(
+        [
+            [learning_rate(schedule, i, base=rates[name], steps=config["max_iters"]) for name in config["lr_columns"]]
+            for i in range(config["steps"])
+        ],
+        dtype=torch.float64,
+    )
     return outputs | {f"final.{name}": p.detach() for name, p in official}
 
 

@@ -10,10 +10,10 @@ from segvit.contracts import UserError
 
 def backbone_of(model: nn.Module) -> tuple[str, nn.Module]:
     """The name and the module of a system's backbone. Raises UserError where it has none."""
-    children = dict(model.named_children())
-    for name in ("backbone", "encoder"):
-        if name in children:
-            return name, children[name]
+    modules = dict(model.named_modules())
+    for name in ("backbone", "encoder", "network.encoder", "network.backbone"):  # the last two of other libraries
+        if name in modules:
+            return name, modules[name]
     raise UserError(f"{type(model).__name__} has no backbone of its own that could stay frozen; train it as a whole")
 
 

@@ -119,7 +119,7 @@ def global_totals(parts: Sequence[dict[str, Tensor]], accelerator: Accelerator) 
 
 def global_terms(terms: dict[str, Tensor], accelerator: Accelerator) -> dict[str, float]:
     """The loss terms of a step, summed over micro-batches and processes."""
-    values = torch.stack([value.float() for value in terms.values()])
+    values = torch.stack([value.to(torch.promote_types(value.dtype, torch.float32)) for value in terms.values()])
     if accelerator.num_processes > 1:
         values = accelerator.reduce(values, reduction="sum")
     return dict(zip(terms, values.tolist(), strict=True))

@@ -18,8 +18,9 @@ from torch.autograd.function import once_differentiable
 from segvit.contracts import Size
 from segvit.nn.readout import bilinear_matrix
 
-# Pixels of a chunk: on a CPU seven buffers of it should stay near the cores, on a GPU few launches should do.
-CHUNK, GPU_CHUNK = 2**18, 2**23
+# Pixels of a chunk, of which there are seven buffers. On a CPU they should stay near the cores, yet be large enough
+# that threads which share their cores with loaders do not spend the time waiting for each other.
+CHUNK, GPU_CHUNK = 2**20, 2**23
 
 
 def focal_and_dice(

@@ -30,10 +30,10 @@ PLAIN = {  # of timm, cut to two blocks: two prefix tokens, one scale a head, ro
     "deit_tiny_distilled_patch16_224": {}, "vit_tiny_patch16_224": {}, "eva02_tiny_patch14_224": {"embed_dim": 64},
     "beit_base_patch16_224": {"embed_dim": 64}, "vit_small_patch14_reg4_dinov2": {},
 }  # fmt: skip
-IDENTITY = {"lora", "head_only", "bitfit", "norm_only", "full", "svf", "spm", "pro_tuning"}  # the output is the base's until trained
+# The output is the base's until they are trained.
+IDENTITY = {"lora", "head_only", "bitfit", "norm_only", "full", "svf", "spm", "pro_tuning"}
 MERGEABLE = {"ssf", "lora", "svf", "head_only", "bitfit", "norm_only", "full"}
-PYRAMIDS_ONLY = {"conv_adapter"}
-PLAIN_METHODS = sorted(set(ADAPTERS) - PYRAMIDS_ONLY)
+PLAIN_METHODS = sorted(ADAPTERS)
 
 
 def build(name: str = "segmenter_vit_tiny", **options: Any) -> Any:
@@ -251,6 +251,21 @@ def test_names_and_options_are_checked() -> None:
         adapt(build(), "vpt_deep", prompts=3)
     with pytest.raises(UserError, match="no backbone"):
         create_model("ddrnet_23_slim", num_classes=2, adapter="ssf")
+
+
+@pytest.mark.parametrize(("name", "options"), [("unet", {"backbone": "resnet18"}), ("fcn", {})])
+def test_encoders_inside_a_foreign_network(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = create_model(name, num_classes=K, **options)
+    save_model(model, tmp_path / "base")
+    adapt(model, "ssf")
+    shake(model)
+    save_adapter(model, tmp_path / "adapter", base="../base")
+    out = model.eval()(images(64)).logits
+    torch.testing.assert_close(load_model(tmp_path / "adapter")(images(64)).logits, out, rtol=1e-3, atol=1e-4)
+    merge(model)
+    largest = out.abs().max().item()
+    torch.testing.assert_close(model(images(64)).logits, out, rtol=1e-3, atol=1e-3 * largest)
 
 
 @pytest.mark.slow

@@ -148,7 +148,7 @@ def test_a_plain_vit_s_prefix_passes_by() -> None:
     assert torch.equal(out.tokens[:, : step.prefix], step.tokens[:, : step.prefix])
     assert step.prefix == 5
     patches = step.tokens[:, step.prefix :]
-    normed = ((patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True, correction=0) + 1e-5).sqrt())
+    normed = (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
     local = network.gaps["0"].adapter(normed.mT.unflatten(2, step.grid))
     torch.testing.assert_close(patch_map(out), patch_map(step) + local, rtol=1e-4, atol=1e-5)
     assert [change.path for change in handle.changes] == ["gaps.0", "gaps.1"]

@@ -216,7 +216,9 @@ def test_a_run_adds_the_loss_to_the_system_s() -> None:
     assert terms["loss_spm"] > 0
 
 
-@pytest.mark.parametrize("name", ["segvit_vit_tiny", "segvit_shrunk_vit_tiny", "segmenter_vit_tiny", "setr_pup_vit_tiny"])
+@pytest.mark.parametrize(
+    "name", ["segvit_vit_tiny", "segvit_shrunk_vit_tiny", "segmenter_vit_tiny", "setr_pup_vit_tiny"]
+)
 def test_systems_hand_interim_maps_on(name: str, seeded: torch.Generator) -> None:
     ends = [0, 1, 2, 3] if name.startswith("setr") else [1, 3]
     options = {"out_indices": ends} if not name.startswith("segmenter") else {}

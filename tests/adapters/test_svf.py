@@ -265,7 +265,8 @@ def test_weights_of_low_rank(rank: int) -> None:
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"rank_ratio": 0}, "rank_ratio"), ({"layers": "("}, "not a regular"), ({"layers": "head"}, "no layer"), ({}, "set layers"),
+    ({"rank_ratio": 0}, "rank_ratio"), ({"layers": "("}, "not a regular"), ({"layers": "head"}, "no layer"),
+    ({}, "set layers"),
 ])  # fmt: skip
 def test_mistakes(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
