@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from segvit.engine.settings import Optim, Schedule
     from segvit.inference.prediction import Prediction
     from segvit.inference.predictor import Predictor, Views
+    from segvit.model_folder import load_model as load
+    from segvit.model_folder import save_model as save
     from segvit.tasks.data_check import examine as check_data
     from segvit.tasks.dense import evaluate_model as evaluate
     from segvit.tasks.dense import train
     from segvit.tasks.experiment import Experiment, Input
     from segvit.zoo import MODELS, create_model
-    from segvit.zoo import load_model as load
-    from segvit.zoo import save_model as save
 
 _WHERE = {
     "Augment": "segvit.data.transforms:Augment",
@@ -48,9 +48,9 @@ _WHERE = {
     "check_data": "segvit.tasks.data_check:examine",
     "create_model": "segvit.zoo:create_model",
     "evaluate": "segvit.tasks.dense:evaluate_model",
-    "load": "segvit.zoo:load_model",
+    "load": "segvit.model_folder:load_model",
     "open_dataset": "segvit.data.dataset:open_dataset",
-    "save": "segvit.zoo:save_model",
+    "save": "segvit.model_folder:save_model",
     "train": "segvit.tasks.dense:train",
 }
 

@@ -24,7 +24,7 @@ PACKAGE = "segvit"
 
 BRICKS = {"nn", "metrics", "data", "text"}
 PARTS = {"nn", "losses", "backbones", "adapters", "text"}
-MIDDLE = PARTS | BRICKS | {"systems", "zoo", "inference", "engine"}
+MIDDLE = PARTS | BRICKS | {"systems", "zoo", "model_folder", "inference", "engine"}
 TOP = {"tasks", "export", "serve", "bench"}
 MAY_IMPORT = {
     **{folder: set() for folder in BRICKS},
@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "adapters": {"nn", "backbones", "text"},
     "systems": PARTS,
     "zoo": {"systems", "backbones", "adapters"},
+    "model_folder": {"zoo", "adapters"},
     "inference": {"nn", "data"},
     "engine": {"data", "metrics", "inference"},
     **dict.fromkeys(TOP, MIDDLE),

@@ -11,8 +11,9 @@ import torch
 
 from segvit import __version__
 from segvit.contracts import Classes, InputSpec, UserError
+from segvit.model_folder import load_model, load_state, match_classes, save_model
 from segvit.nn.flops import count_gflops
-from segvit.zoo import MODELS, create_model, find_system, load_model, load_state, match_classes, save_model
+from segvit.zoo import MODELS, create_model, find_system
 
 TINY: dict[str, Any] = {"image_size": 32, "patch_size": 8, "depth": 1, "embed_dim": 64, "out_indices": [0], "layers": 1}
 ABC = Classes(("ape", "bee", "cat"), ((1, 1, 1), (2, 2, 2), (3, 3, 3)))

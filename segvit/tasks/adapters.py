@@ -12,7 +12,8 @@ import torch
 from segvit.adapters.catalogue import ADAPTERS
 from segvit.adapters.files import CONFIG, TENSORS, read_config
 from segvit.contracts import UserError
-from segvit.zoo import build_network, load_model, save_model
+from segvit.model_folder import load_model, save_model
+from segvit.zoo import build_network
 
 if TYPE_CHECKING:
     from segvit.contracts import Model

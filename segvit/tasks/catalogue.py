@@ -13,8 +13,9 @@ import yaml
 from segvit.backbones.weights import read_state, unwrap
 from segvit.contracts import Classes, UserError
 from segvit.data.description import read_class_file
+from segvit.model_folder import load_state, save_model
 from segvit.nn.flops import count_gflops, count_parameters
-from segvit.zoo import MODELS, create_model, find_system, load_state, numbered_classes, save_model
+from segvit.zoo import MODELS, create_model, find_system, numbered_classes
 
 # (licence, how it is had) of the pretrained weights that our recipes name.
 LICENCES = {

@@ -21,9 +21,9 @@ from segvit.files import open_atomic, write_json
 from segvit.inference.prediction import Prediction
 from segvit.inference.predictor import Precision, Predictor, Views
 from segvit.metrics.confusion import COLUMNS
+from segvit.model_folder import load_model
 from segvit.tasks.console import aligned, progress_bar
 from segvit.tasks.finish import protocol, write_evaluation
-from segvit.zoo import load_model
 
 PACKAGES = ("segvit", "torch", "torchvision", "timm", "accelerate", "safetensors", "huggingface_hub", "numpy", "pillow")
 

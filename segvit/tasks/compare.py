@@ -34,13 +34,14 @@ from segvit.engine.run import changes, locked, plain
 from segvit.engine.settings import Optim
 from segvit.files import write_json
 from segvit.inference.predictor import TorchRuntime
+from segvit.model_folder import load_model
 from segvit.nn.flops import count_gflops, count_parameters
 from segvit.tasks.compare_report import Row, table_text, write_comparison
 from segvit.tasks.data_bench import read_experiment
 from segvit.tasks.dense import build_model, check_loss, located, train
 from segvit.tasks.experiment import Experiment
 from segvit.tasks.run import draw_lists, grouped, make_accelerator
-from segvit.zoo import find_system, load_model
+from segvit.zoo import find_system
 
 if TYPE_CHECKING:
     from segvit.contracts import Model

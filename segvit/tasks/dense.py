@@ -23,6 +23,7 @@ from segvit.engine.run import claim, locked, write_environment
 from segvit.files import write_json
 from segvit.inference.predictor import Predictor
 from segvit.metrics.confusion import Metrics
+from segvit.model_folder import load_model, match_classes
 from segvit.tasks.console import progress_bar
 from segvit.tasks.data_check import refuse_bad_data
 from segvit.tasks.experiment import Experiment
@@ -30,7 +31,7 @@ from segvit.tasks.finish import finish
 from segvit.tasks.memory import measure, memory_text, out_of_memory, settle_batch
 from segvit.tasks.overfit import learn_by_heart, verdict
 from segvit.tasks.run import Run, announce, has_checkpoint, make_accelerator
-from segvit.zoo import adapt, check_channels, create_model, find_system, load_model, match_classes
+from segvit.zoo import adapt, check_channels, create_model, find_system
 
 if TYPE_CHECKING:
     from segvit.contracts import Model

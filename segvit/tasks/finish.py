@@ -19,8 +19,8 @@ from segvit.files import write_json, write_text
 from segvit.inference.prediction import as_picture
 from segvit.inference.predictor import Predictor, Views
 from segvit.metrics.confusion import Metrics
+from segvit.model_folder import load_model
 from segvit.tasks.experiment import Experiment
-from segvit.zoo import load_model
 
 if TYPE_CHECKING:
     from segvit.contracts import Model

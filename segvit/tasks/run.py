@@ -31,11 +31,11 @@ from segvit.engine.sharding import load_whole, shard, whole_model_state, whole_o
 from segvit.engine.state import copy_state, newest_state, random_state, replace_state, restore_random
 from segvit.inference.predictor import Predictor
 from segvit.metrics.confusion import Metrics
+from segvit.model_folder import save_model
 from segvit.tasks.balance import class_balance
 from segvit.tasks.experiment import Experiment
 from segvit.tasks.pictures import side_by_side
 from segvit.tasks.procedure import make_procedure
-from segvit.zoo import save_model
 
 if TYPE_CHECKING:
     from segvit.contracts import Model

@@ -15,8 +15,9 @@ from torch import Tensor
 from segvit.adapters.catalogue import ADAPTERS
 from segvit.adapters.files import CONFIG, TENSORS, save_adapter
 from segvit.contracts import UserError
+from segvit.model_folder import load_model, save_model
 from segvit.tasks.adapters import merge, merge_adapter
-from segvit.zoo import adapt, create_model, load_model, save_model
+from segvit.zoo import adapt, create_model
 
 K = 3
 VIT: dict[str, Any] = {"image_size": 32, "patch_size": 8, "depth": 3, "embed_dim": 64}

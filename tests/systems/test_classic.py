@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from segvit.contracts import UserError
+from segvit.model_folder import load_state
 from segvit.systems import classic
-from segvit.zoo import create_model, load_state
+from segvit.zoo import create_model
 
 K = 5
 NAMES = [*classic.CLASSES, "dpt", "fcn", "lraspp"]

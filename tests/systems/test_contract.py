@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from segvit.contracts import Classes, Dense, InputSpec
-from segvit.zoo import MODELS, create_model, find_system, load_model, save_model
+from segvit.model_folder import load_model, save_model
+from segvit.zoo import MODELS, create_model, find_system
 
 K = 5
 CLASSES = Classes(("wall", "sky", "tree", "road", "car"), tuple((i, 2 * i, 9) for i in range(K)))
@@ -247,8 +248,9 @@ def test_export(name: str) -> None:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_bf16(name: str) -> None:
-    model, images = tiny(name), torch.randn(2, 3, 32, 32)
-    masks = random_masks(2, 32, 32)
+    side = family(name).side  # on maps of one cell torch's bf16 convolutions leave NaN in gradients now and then
+    model, images = tiny(name), torch.randn(2, 3, side, side)
+    masks = random_masks(2, side, side)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = model.train()(images)
     terms = losses(name, out, masks)

@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segvit.contracts import Dense, UserError
+from segvit.model_folder import load_state
 from segvit.nn.flops import count_parameters
 from segvit.systems import ddrnet
 from segvit.systems.ddrnet import DDRNet, convert, criterion, fold_batch_norm, normalisers
 from segvit.tasks.dense import train
-from segvit.zoo import build_network, load_state
+from segvit.zoo import build_network
 from tests.counting import gmacs
 from tests.tasks.tiny import experiment
 

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from segvit.contracts import Dense, UserError
+from segvit.model_folder import load_state
 from segvit.nn.flops import count_parameters
 from segvit.systems import ftn
 from segvit.systems.ftn import FTN, FPTHead, convert, criterion, normalisers
-from segvit.zoo import MODELS, build_network, load_state
+from segvit.zoo import MODELS, build_network
 from tests.counting import gmacs
 
 K = 4

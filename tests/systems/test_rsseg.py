@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from segvit.contracts import Classes, Dense, UserError
+from segvit.model_folder import match_classes
 from segvit.nn.flops import count_parameters
 from segvit.systems import rsseg
 from segvit.systems.rsseg import (
@@ -22,7 +23,7 @@ from segvit.systems.rsseg import (
     normalisers,
     region_losses,
 )
-from segvit.zoo import build_network, create_model, match_classes
+from segvit.zoo import build_network, create_model
 
 K = 4
 TINY: dict[str, Any] = {

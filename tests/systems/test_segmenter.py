@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segvit.contracts import UserError
+from segvit.model_folder import load_state
 from segvit.systems import segmenter
-from segvit.zoo import load_state
 
 K = 5
 TINY: dict[str, Any] = {

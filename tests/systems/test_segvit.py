@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segvit.contracts import Dense, UserError
+from segvit.model_folder import load_state
 from segvit.nn.attention import Attention
 from segvit.nn.tokens import Step
 from segvit.systems import segvit
 from segvit.systems.segvit import convert, criterion, normalisers, scores
-from segvit.zoo import load_state
 
 K = 4
 TINY: dict[str, Any] = {

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from segvit.backbones.pvt import PVT
 from segvit.contracts import Dense, UserError
+from segvit.model_folder import load_state
 from segvit.nn.flops import count_parameters
 from segvit.systems import semantic_fpn
 from segvit.systems.semantic_fpn import FPNHead, SemanticFPN, convert, criterion, normalisers
-from segvit.zoo import MODELS, build_network, load_state
+from segvit.zoo import MODELS, build_network
 from tests.backbones.test_pyramid import official_pvt_v2, randomised
 from tests.counting import gmacs
 

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segvit.contracts import Dense, UserError
+from segvit.model_folder import load_state
 from segvit.nn.flops import count_parameters
 from segvit.systems import setr
 from segvit.systems.setr import SETR, convert, criterion, normalisers
-from segvit.zoo import MODELS, build_network, load_state
+from segvit.zoo import MODELS, build_network
 
 K = 4
 TINY: dict[str, Any] = {

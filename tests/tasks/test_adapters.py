@@ -10,10 +10,11 @@ import torch
 from segvit.adapters.files import TENSORS
 from segvit.cli import main
 from segvit.contracts import UserError
+from segvit.model_folder import load_model
 from segvit.tasks.dense import build_model, train
 from segvit.tasks.experiment import Experiment
 from segvit.tasks.run import Run
-from segvit.zoo import load_model, numbered_classes
+from segvit.zoo import numbered_classes
 from tests.tasks.tiny import experiment, steps, write_recipe
 
 

@@ -9,9 +9,9 @@ import yaml
 from segvit.contracts import UserError
 from segvit.data.dataset import open_dataset
 from segvit.inference.predictor import Predictor
+from segvit.model_folder import load_model
 from segvit.tasks.dense import train
 from segvit.tasks.experiment import Input
-from segvit.zoo import load_model
 from tests.data.folders import save
 from tests.tasks.tiny import OPTIONS, experiment
 

@@ -9,10 +9,10 @@ from segvit.data.dataset import open_dataset
 from segvit.data.loading import train_batches
 from segvit.data.transforms import Augment
 from segvit.engine.settings import Optim, Schedule
+from segvit.model_folder import load_model
 from segvit.tasks.dense import build_model, train
 from segvit.tasks.experiment import Experiment, Input
 from segvit.tasks.overfit import fixed_crop, learn_by_heart, verdict
-from segvit.zoo import load_model
 from tests.tasks.tiny import experiment, history
 
 

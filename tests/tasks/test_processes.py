@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from segvit.cli import main
-from segvit.zoo import load_model
+from segvit.model_folder import load_model
 from tests.tasks.tiny import OPTIONS, environment, history, steps, write_recipe
 
 STILL = OPTIONS | {"dropout": 0.0, "drop_path": 0.0}

@@ -18,11 +18,12 @@ from segvit.contracts import UserError
 from segvit.engine.run import locked
 from segvit.engine.settings import Optim
 from segvit.engine.state import read_state
+from segvit.model_folder import load_model
 from segvit.tasks import dense
 from segvit.tasks import run as run_module
 from segvit.tasks.dense import build_model, train
 from segvit.tasks.experiment import Experiment, Input
-from segvit.zoo import create_model, load_model
+from segvit.zoo import create_model
 from tests.tasks.tiny import DATA, OPTIONS, experiment, history, steps
 
 FILES = {
