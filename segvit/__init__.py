@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from segvit.tasks.dense import evaluate_model as evaluate
     from segvit.tasks.dense import train
     from segvit.tasks.experiment import Experiment, Input
+    from segvit.tasks.multi_task import load_tasks
     from segvit.zoo import MODELS, create_model
 
 _WHERE = {
@@ -49,6 +50,7 @@ _WHERE = {
     "create_model": "segvit.zoo:create_model",
     "evaluate": "segvit.tasks.dense:evaluate_model",
     "load": "segvit.model_folder:load_model",
+    "load_tasks": "segvit.tasks.multi_task:load_tasks",
     "open_dataset": "segvit.data.dataset:open_dataset",
     "save": "segvit.model_folder:save_model",
     "train": "segvit.tasks.dense:train",
@@ -72,6 +74,7 @@ __all__ = [
     "create_model",
     "evaluate",
     "load",
+    "load_tasks",
     "open_dataset",
     "save",
     "train",

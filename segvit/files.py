@@ -62,3 +62,10 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, obj: Any) -> None:
     """Write `obj` as indented JSON, atomically; NaN and infinity are errors, since other JSON readers refuse them."""
     write_text(path, json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def cache_folder() -> Path:
+    """The user's cache folder: $SEGVIT_CACHE, else segvit in $XDG_CACHE_HOME, else ~/.cache/segvit."""
+    if own := os.environ.get("SEGVIT_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "segvit"

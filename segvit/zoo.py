@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from segvit.adapters.catalogue import attach
 from segvit.contracts import Classes, InputSpec, ModelConfig, Readout, UserError
 from segvit.palette import generate_palette
-from segvit.systems import classic, ddrnet, ftn, rsseg, segmenter, segvit, semantic_fpn, setr
+from segvit.systems import classic, classifier, ddrnet, duat, ftn, rsseg, segmenter, segvit, semantic_fpn, setr
 
 if TYPE_CHECKING:
     from segvit.contracts import Model
@@ -35,7 +35,7 @@ class System(NamedTuple):
     normalisers: Callable[..., dict[str, Tensor]]  # (masks, *, num_classes, ignore_index) -> sums over the batch
     readout: Readout
     convert: Callable[[dict[str, Tensor]], dict[str, Tensor]]  # official state dict -> ours
-    task: Literal["dense"] = "dense"
+    task: Literal["dense", "classify"] = "dense"
 
 
 def _segvit(build: Callable[..., nn.Module]) -> System:
@@ -67,8 +67,17 @@ def _ddrnet(build: Callable[..., nn.Module]) -> System:
     return System(build, ddrnet.criterion, ddrnet.normalisers, ddrnet.READOUT, ddrnet.convert)
 
 
+def _duat(build: Callable[..., nn.Module]) -> System:
+    return System(build, duat.criterion, duat.normalisers, duat.READOUT, duat.convert)
+
+
 def _classic(build: Callable[..., nn.Module]) -> System:
     return System(build, classic.criterion, classic.normalisers, classic.READOUT, classic.convert)
+
+
+def _classifier(build: Callable[..., nn.Module]) -> System:
+    parts = classifier
+    return System(build, parts.criterion, parts.normalisers, parts.READOUT, parts.convert, task="classify")
 
 
 MODELS: dict[str, System] = {
@@ -119,6 +128,7 @@ MODELS: dict[str, System] = {
     "ddrnet_23_slim": _ddrnet(ddrnet.ddrnet_23_slim),
     "ddrnet_23": _ddrnet(ddrnet.ddrnet_23),
     "ddrnet_39": _ddrnet(ddrnet.ddrnet_39),
+    "duat_pvt_v2_b2": _duat(duat.duat_pvt_v2_b2),
     "rsseg_vit_tiny": _rsseg(rsseg.rsseg_vit_tiny),
     "rsseg_vit_small": _rsseg(rsseg.rsseg_vit_small),
     "rsseg_vit_base": _rsseg(rsseg.rsseg_vit_base),
@@ -139,12 +149,25 @@ MODELS: dict[str, System] = {
 }
 
 
+CLASSIFIERS: dict[str, System] = {  # apart from the dense models, which every other command takes
+    "classifier": _classifier(classifier.classifier),
+    "classifier_vit_tiny": _classifier(classifier.classifier_vit_tiny),
+    "classifier_vit_small": _classifier(classifier.classifier_vit_small),
+    "classifier_vit_base": _classifier(classifier.classifier_vit_base),
+    "classifier_vit_large": _classifier(classifier.classifier_vit_large),
+    "classifier_resnet50": _classifier(classifier.classifier_resnet50),
+    "classifier_convnext_base": _classifier(classifier.classifier_convnext_base),
+    "classifier_swin_base": _classifier(classifier.classifier_swin_base),
+}
+
+
 def find_system(name: str) -> System:
     """The system of that name. Raises UserError with the nearest names for an unknown one."""
-    if name not in MODELS:
-        near = difflib.get_close_matches(name, MODELS, n=3, cutoff=0.4)
+    known = MODELS | CLASSIFIERS
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
         raise UserError(f"unknown model {name!r}; did you mean {', '.join(near) or 'one of segvit models list'}?")
-    return MODELS[name]
+    return known[name]
 
 
 def build_network(name: str, **options: Any) -> nn.Module:
@@ -210,7 +233,7 @@ def adapt(model: Model, method: str, **options: Any) -> None:
     Do so when the base weights are loaded. Raises UserError for what the method or the backbone does not take.
     """
     model.adapter = attach(model, method, **options)
-    chosen = {"method": method, "options": json.loads(json.dumps(options))}
+    chosen = {"method": method, "options": json.loads(json.dumps(options | model.adapter.recorded))}
     model.config = replace(model.config, adapter=chosen)
 
 

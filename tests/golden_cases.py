@@ -24,10 +24,13 @@ from segvit.engine.optim import make_optimizer, parameter_rates
 from segvit.engine.schedule import learning_rate
 from segvit.systems import segmenter, segvit
 from tests.golden.run import Case
+from tests.golden_clip import CLIP
 from tests.golden_conv_adapter import CONV_ADAPTER
 from tests.golden_ddrnet import DDRNET
+from tests.golden_duat import DUAT
 from tests.golden_ftn import FTN
 from tests.golden_hlg import HLG
+from tests.golden_medical import MEDICAL
 from tests.golden_mmseg import MMSEG, optim_settings, schedule_settings
 from tests.golden_pvt import PVT_CASES
 from tests.golden_setr import SETR
@@ -234,10 +237,13 @@ BUILDERS: dict[tuple[str, str], Callable[[Case], dict[str, Tensor]]] = {
     ("segvit", "trajectory"): trajectory,
     ("segvit", "trajectory_shrunk"): trajectory,
     ("segmenter", "mask_transformer"): mask_transformer,
+    **CLIP,
     **CONV_ADAPTER,
     **DDRNET,
+    **DUAT,
     **FTN,
     **HLG,
+    **MEDICAL,
     **MMSEG,
     **PVT_CASES,
     **SETR,

@@ -60,7 +60,9 @@ OPTIONAL = {  # module -> the folders or files that may import it
     "segmentation_models_pytorch": ("systems/classic.py",),
 }
 EAGER_OPTIONAL = {"export", "serve", "bench"}  # folders that nothing else imports unasked: module level is fine there
-DOORS = {f"cli/{name}.py" for name in ("__init__", "adapters", "parsing", "run", "data", "models")}
+DOORS = {
+    f"cli/{name}.py" for name in ("__init__", "adapters", "parsing", "run", "data", "models", "classify", "compare")
+}
 WITHOUT_TORCH = {"__init__.py", "__main__.py", "contracts.py", *DOORS}
 
 FILE_LINES, FUNCTION_LINES, CLASS_LINES, PARAMETERS, NESTING = 400, 60, 200, 8, 4
@@ -70,6 +72,11 @@ LONG_FILES = {  # path in the package -> why it may have up to LONG_FILE_LINES
 LONG_FILE_LINES = 500
 DUPLICATE_SHARE, DUPLICATE_MIN_LINES = 0.01, 6
 CLOSURE_FILES, CLOSURE_LINES = 14, 2200
+LONG_CLOSURES = dict.fromkeys(  # path in the package -> why its reader may have to open up to LONG_CLOSURE_FILES
+    ("systems/zegclip.py", "systems/denseclip.py", "systems/zsseg.py"),
+    "an image tower, a text tower and their checkpoints come before the system itself",
+)
+LONG_CLOSURE_FILES, LONG_CLOSURE_LINES = 24, 3200
 VAGUE_NAMES = {"util", "utils", "misc", "common", "helper", "helpers"}
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -360,8 +367,9 @@ def test_reading_closure(path):
     files = sorted(closure(path, known))
     lines = sum(known[file].lines for file in files)
     listing = "\n".join(f"{known[file].lines:5d} {PACKAGE}/{file}" for file in files)
-    assert len(files) <= CLOSURE_FILES, f"{len(files)} files:\n{listing}"
-    assert lines <= CLOSURE_LINES, f"{lines} lines:\n{listing}"
+    long = path in LONG_CLOSURES
+    assert len(files) <= (LONG_CLOSURE_FILES if long else CLOSURE_FILES), f"{len(files)} files:\n{listing}"
+    assert lines <= (LONG_CLOSURE_LINES if long else CLOSURE_LINES), f"{lines} lines:\n{listing}"
 
 
 class Body(NamedTuple):

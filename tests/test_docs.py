@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from segvit.cli import main
+from segvit.tasks.catalogue import model_info
 from segvit.zoo import MODELS
 
 ROOT = Path(__file__).parent.parent
@@ -82,8 +83,28 @@ def expanded(pattern: str) -> set[str]:
     return {name for part in match[1].split(",") for name in expanded(pattern.replace(match[0], part, 1))}
 
 
-def test_the_table_of_systems_names_every_model() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8").split("## Systems")[1].split("\n\nGFLOPs")[0]
-    cells = [line.split("|")[2] for line in text.splitlines() if line.startswith("|")]
-    named = {name for cell in cells for code in re.findall(r"`([^`]+)`", cell) for name in expanded(code)}
-    assert named == set(MODELS)
+def test_the_tables_of_systems_name_every_model() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").split("## Systems")[1].split("\n\nGFLOPs")[0]
+    guide = (ROOT / "docs" / "models.md").read_text(encoding="utf-8").split("## Comparing")[0]
+    for text, column in ((readme, 2), (guide, 1)):
+        cells = [line.split("|")[column] for line in text.splitlines() if line.startswith("|")]
+        named = {name for cell in cells for code in re.findall(r"`([^`]+)`", cell) for name in expanded(code)}
+        assert named == set(MODELS)
+
+
+ROWS = [
+    [cell.strip() for cell in line.split("|")]
+    for line in (ROOT / "docs" / "models.md").read_text(encoding="utf-8").split("## Comparing")[0].splitlines()
+    if line.startswith("| `")
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ROWS, ids=[row[1] for row in ROWS])
+def test_the_counts_of_the_guide_to_models(row: list[str]) -> None:
+    names = sorted(name for code in re.findall(r"`([^`]+)`", row[1]) for name in expanded(code))
+    counted = next(
+        name for end in ("vit_base", "small", "v2_b2", "23_slim", "") for name in names if name.endswith(end)
+    )
+    info = model_info(counted, None)
+    assert [f"{info['parameters'] / 1e6:.1f}", f"{info['gflops']:.1f}"] == row[-4:-2]

@@ -12,9 +12,9 @@ import torch
 
 from segvit.cli.parsing import make_parser, parse, with_values
 from segvit.cli.run import train
-from segvit.tasks.catalogue import model_info
+from segvit.tasks.catalogue import LICENCES, model_info
 from segvit.tasks.experiment import Experiment
-from segvit.zoo import create_model, find_system
+from segvit.zoo import MODELS, create_model, find_system
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -52,6 +52,16 @@ def by_its_command(path: Path) -> Experiment:
 
 def test_there_are_recipes() -> None:
     assert {f"recipes/segvit/{name}.yaml" for name in PUBLISHED} <= set(NAMES)
+
+
+def test_every_system_has_a_recipe() -> None:
+    ready = {find_system(by_its_command(path).model).criterion.__module__ for path in RECIPES}
+    assert ready == {system.criterion.__module__ for system in MODELS.values()}
+
+
+def test_licences_of_the_weights_that_recipes_name_are_listed() -> None:
+    named = {by_its_command(path).weights for path in RECIPES} - {None, "none", "imagenet"}
+    assert named <= LICENCES.keys()
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=NAMES)

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hint
 
 from torch import Tensor, nn
 
-from segvit.adapters import conv_adapter, lora, pro_tuning, spm, ssf, svf, tuning, vpt
+from segvit.adapters import conv_adapter, lora, lv_adapter, pro_tuning, spm, ssf, svf, tuning, vpt
 from segvit.adapters.handle import Handle
 from segvit.adapters.places import backbone_of
 from segvit.contracts import UserError
@@ -28,6 +28,7 @@ ADAPTERS: dict[str, Method] = {
     "conv_adapter": conv_adapter.conv_adapter,
     "spm": spm.spm,
     "pro_tuning": pro_tuning.pro_tuning,
+    "lv_adapter": lv_adapter.lv_adapter,
     "head_only": tuning.head_only,
     "bitfit": tuning.bitfit,
     "norm_only": tuning.norm_only,
@@ -42,7 +43,10 @@ class AdapterLoss(NamedTuple):
     normalisers: Callable[..., dict[str, Tensor]]  # (masks, *, ignore_index) -> sums over the batch
 
 
-LOSSES: dict[str, AdapterLoss] = {"spm": AdapterLoss(spm.losses, spm.normalisers)}
+LOSSES: dict[str, AdapterLoss] = {
+    "spm": AdapterLoss(spm.losses, spm.normalisers),
+    "lv_adapter": AdapterLoss(lv_adapter.losses, lv_adapter.normalisers),
+}
 
 
 def find_adapter(name: str) -> Method:
@@ -66,8 +70,9 @@ def attach(model: nn.Module, name: str, **options: Any) -> Handle:
     for option, hint in get_type_hints(method).items():
         if get_origin(hint) is Literal and option in options and options[option] not in get_args(hint):
             raise UserError(f"{option} is {options[option]!r}; choose from {', '.join(map(str, get_args(hint)))}")
-    if "num_classes" in accepted and "classes" in vars(model):
-        options = {"num_classes": len(vars(model)["classes"])} | options
+    known = vars(model)
+    own = {"num_classes": len(known["classes"]), "class_names": known["classes"].names} if "classes" in known else {}
+    options = {option: value for option, value in own.items() if option in accepted} | options
     _, backbone = backbone_of(model)
     backbone.requires_grad_(False)
     return method(backbone, **options)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,7 @@ class Handle:
     """What a method changed in `root`; copies along with the network (`copy.deepcopy`), since it holds no closures.
 
     `merged` turns an inserted module into a plain one with the same output; None = the method cannot be merged.
+    `recorded` are options to save in the place of those given, where what they named comes with the saved tensors.
     """
 
     root: nn.Module
@@ -49,6 +50,7 @@ class Handle:
     changes: list[Change] = field(default_factory=list)
     tuned: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # of the base, with their other value
     enabled: bool = True
+    recorded: dict[str, Any] = field(default_factory=dict)
 
     def replace(self, path: str, new: nn.Module) -> None:
         """Put `new` in the place of the module at `path`, which `new` usually keeps as its `base_layer`."""

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from segvit.adapters.handle import Handle
 from segvit.adapters.stages import borrow, gaps_behind_stages, group_ends
+from segvit.backbones.clip import ClipResNet
 from segvit.backbones.pvt import PVT
 from segvit.backbones.pyramid import Pyramid
 from segvit.backbones.vit import PlainViT
@@ -131,6 +132,8 @@ def pro_tuning(
         for stage, dim in enumerate(backbone.dims, start=1):
             path = f"patch_embed{stage}"
             handle.replace(path, PromptedEmbedding(backbone.get_submodule(path), fresh(dim)))
+    elif isinstance(backbone, ClipResNet):
+        raise UserError('the stages of CLIP\'s ResNet have no place for a prompt at their input; use position="output"')
     else:
         pyramid = cast(Pyramid, backbone)
         for name, dim in zip(cast(FeatureListNet, pyramid.network).return_layers, pyramid.dims, strict=True):

@@ -21,7 +21,7 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from segvit.adapters.handle import Handle
-from segvit.adapters.stages import gaps_behind_stages
+from segvit.adapters.stages import gaps_behind_stages, stage_entropy
 from segvit.contracts import Dense, UserError
 from segvit.nn.tokens import Step, map_tokens, patch_map
 
@@ -106,12 +106,4 @@ def losses(
     out: Dense, masks: Tensor, totals: dict[str, Tensor], *, ignore_index: int, weight: float = 0.4
 ) -> dict[str, Tensor]:
     """The auxiliary loss on interim maps: the mean over stages of their cross entropy at the masks' size, weighted."""
-    maps = [value for name, value in out.extras.items() if name.startswith(MAP)]
-    total, (height, width) = masks.new_zeros((), dtype=torch.float32), masks.shape[-2:]
-    for scores in maps:
-        resized = F.interpolate(scores.float(), size=out.covers, mode="bilinear", align_corners=False)
-        entropy = F.cross_entropy(
-            resized[..., :height, :width], masks.long(), ignore_index=ignore_index, reduction="sum"
-        )
-        total = total + entropy
-    return {"loss_spm": weight * total / (len(maps) * totals["spm_valid"].clamp(min=1))}
+    return {"loss_spm": weight * stage_entropy(out, masks, totals["spm_valid"], prefix=MAP, ignore_index=ignore_index)}

@@ -6,13 +6,16 @@ it returns.
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from timm.models import FeatureListNet
-from torch import nn
+from torch import Tensor, nn
 
+from segvit.backbones.clip import ClipResNet
 from segvit.backbones.pvt import PVT
 from segvit.backbones.pyramid import Pyramid
 from segvit.backbones.vit import PlainViT
-from segvit.contracts import UserError
+from segvit.contracts import Dense, UserError
 
 GROUPS = 4
 
@@ -24,7 +27,8 @@ def gaps_behind_stages(backbone: nn.Module) -> list[tuple[str, int]]:
     """
     if isinstance(backbone, PlainViT):
         return [(f"gaps.{end}", backbone.dim) for end in group_ends(backbone)]
-    if isinstance(backbone, PVT) or (isinstance(backbone, Pyramid) and isinstance(backbone.network, FeatureListNet)):
+    listed = isinstance(backbone, Pyramid) and isinstance(backbone.network, FeatureListNet)
+    if isinstance(backbone, PVT | ClipResNet) or (isinstance(backbone, Pyramid) and listed):
         return [(f"gaps.{stage}", dim) for stage, dim in enumerate(backbone.dims, start=1)]
     raise UserError(
         f"this {type(backbone).__name__} has no gaps between its stages; use a plain ViT, PVT, or a pyramid such as "
@@ -45,3 +49,18 @@ def borrow(shell: nn.Module, block: nn.Module) -> None:
         shell.add_module(name, child)
     # The very dicts: what moves one to another device moves the other.
     shell._parameters, shell._buffers = block._parameters, block._buffers
+
+
+def stage_entropy(out: Dense, masks: Tensor, valid: Tensor, *, prefix: str, ignore_index: int) -> Tensor:
+    """Cross entropy at the masks' size of the stages' class maps, the extras named `prefix` and a number: their mean.
+
+    `valid` is the number of pixels that are not ignored in the global batch.
+    """
+    maps = [value for name, value in out.extras.items() if name.startswith(prefix)]
+    total, (height, width) = masks.new_zeros((), dtype=torch.float32), masks.shape[-2:]
+    for scores in maps:
+        resized = F.interpolate(scores.float(), size=out.covers, mode="bilinear", align_corners=False)
+        total = total + F.cross_entropy(
+            resized[..., :height, :width], masks.long(), ignore_index=ignore_index, reduction="sum"
+        )
+    return total / (len(maps) * valid.clamp(min=1))

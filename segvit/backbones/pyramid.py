@@ -11,7 +11,7 @@ Shapes    B images, stage i with C_i channels at stride s_i.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import timm
@@ -33,6 +33,7 @@ class Pyramid(nn.Module):
     ) -> None:
         super().__init__()
         self.network, self.gaps = network, nn.ModuleDict()
+        self.past: Sequence[Tensor] = ()  # of the first parts: what is known and not to be computed again
         self.dims, self.strides, self.channels_last = tuple(dims), list(strides), channels_last
         known = vars(network).get("pretrained_cfg") or {}
         rgb = in_channels == 3
@@ -42,7 +43,7 @@ class Pyramid(nn.Module):
     def forward(self, images: Tensor) -> Features:
         cell = self.strides[-1]
         padded = pad_to_patches(images, (cell, cell))
-        maps, extras = self.gapped_stages(padded) if self.gaps else (self.stages(padded), {})
+        maps, extras = self.gapped_stages(padded) if self.gaps or self.past else (self.stages(padded), {})
         grid = (maps[0].shape[-2], maps[0].shape[-1])
         return Features(maps, list(self.strides), grid, (padded.shape[-2], padded.shape[-1]), extras=extras)
 
@@ -56,8 +57,8 @@ class Pyramid(nn.Module):
         network = cast(FeatureListNet, self.network)
         x, maps = images, list[Tensor]()
         extras: dict[str, Tensor] = {}
-        for name, part in network.items():
-            x = part(x)
+        for index, (name, part) in enumerate(network.items()):
+            x = self.past[index] if index < len(self.past) else part(x)
             if name not in network.return_layers:
                 continue
             number = str(len(maps) + 1)

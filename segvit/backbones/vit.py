@@ -38,8 +38,10 @@ class PlainViT(nn.Module):
 
     `prefix_tokens="drop"` removes class and register tokens after the position embedding, before the first block, as
     mmseg does for SegViT: they keep their (zero) gradient. `final_norm` applies the last LayerNorm to the last map
-    (which should then be that of the last block). `mean` and `std` are those of the pretraining, or 0.5 for each
-    channel where the images are not RGB.
+    (which should then be that of the last block). `embedding` takes the last tokens (B, P + N, D) to another space,
+    such as CLIP's (B, P + N, E): `pooled` is then the class token there, and `extras["dense"]` the patches' map there.
+    `doubled_class` adds the class token once more with its position, as ZegCLIP's and DenseCLIP's code does. `mean` and
+    `std` are those of the pretraining, or 0.5 for each channel where the images are not RGB.
     """
 
     def __init__(
@@ -51,6 +53,8 @@ class PlainViT(nn.Module):
         final_norm: bool = False,
         position_mode: Literal["bicubic", "bilinear"] = "bicubic",
         checkpointing: bool = False,
+        embedding: nn.Module | None = None,
+        doubled_class: bool = False,
     ) -> None:
         super().__init__()
         depth = len(trunk.blocks)
@@ -79,8 +83,10 @@ class PlainViT(nn.Module):
         self.rel_pos_bias = trunk.rel_pos_bias if isinstance(trunk, Beit) else None
         self.blocks: nn.ModuleList = trunk.blocks
         self.gaps = nn.ModuleDict()
+        self.past: Sequence[Step] = ()  # embedded, behind block 0, ...: what is known and not to be computed again
         pooled_norm = isinstance(trunk.norm, nn.Identity)  # models pooled by averaging keep their last norm there
         self.norm = (trunk.fc_norm if pooled_norm else trunk.norm) if final_norm else nn.Identity()
+        self.embedding, self.doubled_class = embedding, doubled_class
         if isinstance(trunk, Eva):
             for block in self.blocks:
                 block.attn.num_prefix_tokens = 0  # `rotation` covers the prefix, however many tokens it has
@@ -88,6 +94,8 @@ class PlainViT(nn.Module):
 
     def embed(self, images: Tensor) -> Step:
         """(B, C, H, W) -> the tokens before the first block; sides are padded to whole patches with zeros."""
+        if self.past:
+            return self.past[0]
         maps = self.patch_embed.proj(pad_to_patches(images, self.patch))  # (B, D, h, w)
         grid: Size = (maps.shape[-2], maps.shape[-1])
         tokens = self.patch_embed.norm(maps.flatten(2).mT)
@@ -97,7 +105,10 @@ class PlainViT(nn.Module):
         if positions is not None:
             head = prefix if self.prefix_has_position else 0
             patches = resize_positions(positions[:, head:], old=self.pretrained_grid, new=grid, mode=self.position_mode)
-            positions = torch.cat([positions[:, :head], patches], dim=1)
+            first = positions[:, :head]
+            if self.doubled_class and self.cls_token is not None:
+                first = torch.cat([first[:, :1] + self.cls_token, first[:, 1:]], dim=1)
+            positions = torch.cat([first, patches], dim=1)
             if not self.prefix_has_position:
                 tokens = tokens + positions
         if singles:
@@ -115,6 +126,8 @@ class PlainViT(nn.Module):
         With `keep` (patch token numbers) and their new `grid`, only those tokens and the prefix act as queries and go
         on; all tokens are still attended to.
         """
+        if index + 1 < len(self.past):
+            return self.past[index + 1]
         step = self.gap(index, step)
         block, training = self.blocks[index], self.checkpointing and self.training
         rows = None
@@ -172,8 +185,11 @@ class PlainViT(nn.Module):
         """Bundle maps and the last step; strides follow from each map's grid."""
         covers = (step.base[0] * self.patch[0], step.base[1] * self.patch[1])
         strides = [round(covers[0] / m.shape[-2]) for m in maps]
-        pooled = step.tokens[:, 0] if self.classed else None
-        return Features(maps, strides, step.base, covers, pooled, step.extras)
+        tokens, extras = step.tokens, step.extras
+        if self.embedding is not None:
+            tokens = self.embedding(tokens)
+            extras = {**extras, "dense": patch_map(step._replace(tokens=tokens))}
+        return Features(maps, strides, step.base, covers, tokens[:, 0] if self.classed else None, extras)
 
 
 def _run_block(block: Any, step: Step, rope: Tensor | None, bias: Tensor | None, rows: Tensor | None) -> Tensor:

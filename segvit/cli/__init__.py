@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from segvit.cli import adapters, compare, data, detect, models, run
+from segvit.cli import adapters, classify, compare, data, detect, models, multi, run
 from segvit.cli.parsing import make_parser, parse, with_values
 from segvit.contracts import UserError
 from segvit.engine.interrupt import Stopped
@@ -33,6 +33,11 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "models info": models.models_info,
     "models convert": models.models_convert,
     "models licences": models.models_licences,
+    "multi train": multi.train,
+    "multi predict": multi.predict,
+    "classify train": classify.train,
+    "classify val": classify.val,
+    "classify predict": classify.predict,
     "detect train": detect.train,
     "detect val": detect.val,
     "detect predict": detect.predict,

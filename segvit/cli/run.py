@@ -33,7 +33,8 @@ def find_lr(*, json: bool = False, **options: Any) -> None:
 def val(
     run: str, *, data: str | None = None, split: str = "val", out: str | None = None,
     scales: tuple[float, ...] = (1.0,), flip: bool = False,
-    precision: Precision = "fp32", device: Device | None = None, workers: int = 2, json: bool = False,
+    precision: Precision = "fp32", device: Device | None = None, workers: int = 2, polyp: bool = False,
+    json: bool = False,
 ) -> None:  # fmt: skip
     """Evaluate a model at the original resolution; writes metrics.json and a report.
 
@@ -47,13 +48,16 @@ def val(
         precision: Of the network.
         device: cpu or cuda; None = cuda where there is one.
         workers: Processes that decode images.
+        polyp: Of two classes, also the second one's measures of polyp papers: mean Dice and IoU over thresholds ...
         json: Print JSON instead of a table.
     """
     from segvit.inference.predictor import Views
     from segvit.tasks.commands import evaluate_run
 
     views = Views(scales=tuple(scales), flip=flip)
-    result = evaluate_run(run, data, split, out, views=views, precision=precision, device=device, workers=workers)
+    result = evaluate_run(
+        run, data, split, out, views=views, precision=precision, device=device, workers=workers, polyp=polyp
+    )
     show(result.report, json, result.text)
 
 

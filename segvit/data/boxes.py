@@ -60,6 +60,8 @@ def open_boxes(source: str) -> BoxDataset:
     """
     if source.startswith("synthetic:"):
         dataset = open_dataset(source)
+        if dataset.classes != CLASSES:
+            raise UserError(f"{source} has no boxes; use synthetic:shapes")
         counts = {split: dataset.count(split) for split in dataset.splits}
         return BoxDataset(tuple(CLASSES.names[i] for i in SHAPES), counts, partial(_read_shapes, dataset))
     return read_coco_boxes(Path(source).expanduser())

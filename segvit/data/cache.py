@@ -32,7 +32,7 @@ from segvit import __version__
 from segvit.contracts import Classes, Sample, UserError
 from segvit.data.dataset import Dataset, FolderDataset
 from segvit.data.memory import available_memory
-from segvit.files import open_atomic
+from segvit.files import cache_folder, open_atomic
 
 Where = Literal["none", "ram", "disk"]
 Place = tuple[str, int]  # split and number of a sample
@@ -114,13 +114,6 @@ def cached(
         store.check_space(places)
         return CachedDataset(dataset, store)
     return dataset
-
-
-def cache_folder() -> Path:
-    """The user's cache folder: $SEGVIT_CACHE, else segvit in $XDG_CACHE_HOME, else ~/.cache/segvit."""
-    if own := os.environ.get("SEGVIT_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "segvit"
 
 
 class Ram:

@@ -25,7 +25,8 @@ from segvit.data.arrays import ARRAY_SUFFIXES
 from segvit.data.decode import LabelRule, read
 from segvit.data.description import SPLITS, Description, Entry, label_rule, read_class_file, read_description
 from segvit.data.sources import named_source, read_source, recognise
-from segvit.data.synthetic import ShapesDataset
+from segvit.data.synthetic import DAY, ShapesDataset
+from segvit.data.synthetic_night import NIGHT
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", *ARRAY_SUFFIXES)
 MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", *ARRAY_SUFFIXES)
@@ -33,7 +34,7 @@ JPEG_SUFFIXES = (".jpg", ".jpeg")  # of masks only where values are read as the 
 DESCRIPTIONS = ("dataset.yaml", "data.yaml")
 CLASS_FILE = "classes.txt"
 STEM = "{stem}"
-SHAPES = "synthetic:shapes"
+GENERATED = {f"synthetic:{scenes.name}": scenes for scenes in (DAY, NIGHT)}
 FLAT = (Entry("images", "masks"),)
 FLAT_VAL_PART = 0.2  # of a folder that has no split of its own
 
@@ -132,7 +133,7 @@ class Found(NamedTuple):
 def open_dataset(source: str | Path) -> Dataset:
     """The dataset of a YAML file, a folder or a well-known source (`ade20k:FOLDER`), or a generated one.
 
-    Generated is `synthetic:shapes`, with options as in `synthetic:shapes?train=400&size=96`.
+    Generated are `synthetic:shapes` and `synthetic:night`, with options as in `synthetic:shapes?train=400&size=96`.
     """
     if is_generated(source):
         return _generated(str(source))
@@ -347,11 +348,11 @@ def _two_folders(root: Path) -> Description:
 
 def _generated(source: str) -> ShapesDataset:
     name, _, query = source.partition("?")
-    if name != SHAPES:
-        raise UserError(f"{name}: no such generated dataset; there is {SHAPES}")
+    if name not in GENERATED:
+        raise UserError(f"{name}: no such generated dataset; there is {', '.join(GENERATED)}")
     options: dict[str, int] = {}
     for key, value in parse_qsl(query, keep_blank_values=True):
         if key not in ("train", "val", "size", "seed") or not value.isdecimal():
             raise UserError(f"{source}: cannot use {key}={value}; options are train, val, size and seed with numbers")
         options[key] = int(value)
-    return ShapesDataset(**options)
+    return ShapesDataset(**options, scenes=GENERATED[name])

@@ -14,8 +14,10 @@ light falls off across the image, and some shapes are ringed by two pixels of th
 from __future__ import annotations
 
 import colorsys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +25,17 @@ from numpy.typing import NDArray
 from segvit.contracts import Classes, Sample, UserError
 
 Plane = NDArray[np.float32]  # (size, size)
+Seed = tuple[int, int, int]
+Drawn = tuple[NDArray[np.uint8], NDArray[np.uint8]]  # image (size, size, 3) and mask (size, size)
+
+
+class Scenes(NamedTuple):
+    """One kind of generated scenes."""
+
+    name: str
+    classes: Classes
+    draw: Callable[[int, Seed], Drawn]
+
 
 CLASSES = Classes(
     ("grass", "sand", "water", "ball", "box", "tent", "flag", "dice"),
@@ -38,6 +51,20 @@ HUES = {  # the range of hues (0..1) of each class; neighbours overlap
 RING = 0.3  # part of the shapes that have a ring to ignore
 
 
+def draw_shapes(size: int, seed: Seed) -> Drawn:
+    """Image and mask of one seed."""
+    rng = np.random.default_rng(seed)
+    image = np.empty((size, size, 3), np.float32)
+    mask = np.empty((size, size), np.uint8)
+    _draw_grounds(image, mask, rng)
+    for kind in rng.permutation((BALL, BOX, TENT, FLAG, DICE))[: rng.integers(1, 5)]:
+        _draw_shape(image, mask, int(kind), rng)
+    return _lit(image, rng), mask
+
+
+DAY = Scenes("shapes", CLASSES, draw_shapes)
+
+
 @dataclass(frozen=True)
 class ShapesDataset:
     """`train` and `val` generated images of `size` pixels a side."""
@@ -46,6 +73,7 @@ class ShapesDataset:
     train: int = 400
     val: int = 80
     seed: int = 0
+    scenes: Scenes = DAY
 
     def __post_init__(self) -> None:
         if self.size < 16 or self.train < 1 or self.val < 1:
@@ -55,8 +83,8 @@ class ShapesDataset:
 
     @property
     def classes(self) -> Classes:
-        """Three grounds and five shapes."""
-        return CLASSES
+        """Those of the scenes."""
+        return self.scenes.classes
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -76,7 +104,7 @@ class ShapesDataset:
     def count(self, split: str) -> int:
         """The number of samples in a split."""
         if split not in self.splits:
-            raise UserError(f"the generated shapes have no split {split!r}; there are train and val")
+            raise UserError(f"the generated {self.scenes.name} have no split {split!r}; there are train and val")
         return self.train if split == "train" else self.val
 
     def name(self, split: str, i: int) -> str:
@@ -87,24 +115,17 @@ class ShapesDataset:
         """Sample i."""
         if not 0 <= i < self.count(split):
             raise IndexError(f"{split} has samples 0..{self.count(split) - 1}, not {i}")
-        image, mask = _drawn(self.size, (self.seed, i, 1 + self.splits.index(split)))
+        image, mask = _drawn(self.scenes, self.size, (self.seed, i, 1 + self.splits.index(split)))
         return Sample(image.copy(), mask.copy(), self.name(split, i))
 
 
 @lru_cache(maxsize=2048)  # training asks for the same images again and again; 75 MB at 96 pixels
-def _drawn(size: int, seed: tuple[int, int, int]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Image and mask of one seed."""
-    rng = np.random.default_rng(seed)
-    image = np.empty((size, size, 3), np.float32)
-    mask = np.empty((size, size), np.uint8)
-    _draw_grounds(image, mask, rng)
-    for kind in rng.permutation((BALL, BOX, TENT, FLAG, DICE))[: rng.integers(1, 5)]:
-        _draw_shape(image, mask, int(kind), rng)
-    return _lit(image, rng), mask
+def _drawn(scenes: Scenes, size: int, seed: Seed) -> Drawn:
+    return scenes.draw(size, seed)
 
 
 @lru_cache(maxsize=4)
-def _grid(size: int) -> tuple[Plane, Plane]:
+def grid(size: int) -> tuple[Plane, Plane]:
     """Row and column of every pixel, in parts of the side."""
     rows, columns = np.mgrid[:size, :size].astype(np.float32) / size
     return rows, columns
@@ -112,7 +133,7 @@ def _grid(size: int) -> tuple[Plane, Plane]:
 
 def _draw_grounds(image: Plane, mask: NDArray[np.uint8], rng: np.random.Generator) -> None:
     """One ground everywhere, and in two images of three a second one behind a slanted line."""
-    rows, columns = _grid(len(mask))
+    rows, columns = grid(len(mask))
     first, second = rng.permutation(GROUNDS)[:2]
     mask[:] = first
     image[:] = _texture(int(first), len(mask), rng)
@@ -125,7 +146,7 @@ def _draw_grounds(image: Plane, mask: NDArray[np.uint8], rng: np.random.Generato
 
 def _draw_shape(image: Plane, mask: NDArray[np.uint8], kind: int, rng: np.random.Generator) -> None:
     size = len(mask)
-    rows, columns = _grid(size)
+    rows, columns = grid(size)
     radius = rng.uniform(0.2, 0.33)
     row, column = rng.uniform(0.15, 0.85, 2)
     distance = _distance(kind, rows - row, columns - column, radius, rng.uniform(-0.3, 0.3))
@@ -160,7 +181,7 @@ def _texture(kind: int, size: int, rng: np.random.Generator) -> Plane:
 
 def _pattern(kind: int, size: int, rng: np.random.Generator) -> Plane:
     """(size, size) around 0, with about 16 waves on a side whatever the size."""
-    rows, columns = _grid(size)
+    rows, columns = grid(size)
     pace = np.float32(2 * np.pi * rng.uniform(13, 19))
     phase = np.float32(rng.uniform(0, 2 * np.pi))
     pattern: Plane = np.zeros((size, size), np.float32)  # what a plain surface keeps
@@ -181,7 +202,7 @@ def _pattern(kind: int, size: int, rng: np.random.Generator) -> Plane:
 
 def _lit(image: Plane, rng: np.random.Generator) -> NDArray[np.uint8]:
     """Light from one side, a grain, and whole levels."""
-    rows, columns = _grid(len(image))
+    rows, columns = grid(len(image))
     angle = rng.uniform(0, 2 * np.pi)
     slope = (rows - 0.5) * np.float32(np.sin(angle)) + (columns - 0.5) * np.float32(np.cos(angle))
     light = np.float32(rng.uniform(0.8, 1.1)) + np.float32(0.3) * slope

@@ -23,6 +23,7 @@ from segvit.metrics.confusion import ConfusionMatrix
 if TYPE_CHECKING:
     from segvit.metrics.boundary import BoundaryCounts
     from segvit.metrics.calibration import CalibrationCounts
+    from segvit.metrics.polyp import PolypMeasures
 
 SURE = 0.9  # confidence from which a disagreement with the label is suspicious
 LEAST_SHARE = 1e-3  # of the image that a suspicious region must fill
@@ -60,17 +61,21 @@ class Evaluation:
     calibration: CalibrationCounts | None = None
     suspects: list[Suspect] = field(default_factory=list)  # the heaviest first
     confidence: str = ""  # what confidence means here
+    polyp: PolypMeasures | None = None  # only where asked for
 
 
 def evaluate(
     predictor: Predictor, dataset: Dataset, split: str, *, indices: Sequence[int] | None = None, workers: int = 0,
-    details: bool = False, progress: Callable[[int, int], None] = lambda done, total: None,
+    details: bool = False, polyp: bool = False, progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:  # fmt: skip
     """Evaluate a split, or the images `indices` of it; `details` adds boundaries, calibration and suspicious labels.
 
-    Raises UserError for an empty split or another class table.
+    `polyp` adds the measures of `segvit.metrics.polyp` for the second of two classes. Raises UserError for an empty
+    split, another class table, or `polyp` with more classes.
     """
     classes = dataset.classes
+    if polyp and len(classes) != 2:
+        raise UserError(f"polyp measures are for a background and one class; the data have {len(classes)} classes")
     check_classes(predictor.run.classes, classes)
     order = range(dataset.count(split)) if indices is None else indices
     if not dataset.count(split):
@@ -85,11 +90,15 @@ def evaluate(
         if predictor.views.count == 1 or predictor.run.readout.confidence == "softmax":
             result.calibration = CalibrationCounts(classes.ignore_index)
             result.confidence = CONFIDENCE[predictor.run.readout.confidence]
+    if polyp:
+        from segvit.metrics.polyp import PolypMeasures
+
+        result.polyp = PolypMeasures()
     for done, (index, sample) in enumerate(
         zip(order, samples(dataset, split, indices=order, workers=workers), strict=True)
     ):
         single = ConfusionMatrix(len(classes), classes.ignore_index)
-        if details:
+        if details or polyp:
             labels, sure = predictor.read(sample.image)
             _look_closer(result, index, sample, labels, sure)
         else:
@@ -124,6 +133,8 @@ def _look_closer(
     """Boundaries, calibration and the suspicious region of one image."""
     if result.boundary is not None:
         result.boundary.update(labels, sample.mask)
+    if result.polyp is not None:
+        result.polyp.update_from_labels(labels, sure, sample.mask)
     if result.calibration is None:
         return
     result.calibration.update(sure, labels, sample.mask)
@@ -175,5 +186,7 @@ def evaluation_record(evaluation: Evaluation, classes: Classes) -> dict[str, Any
     if evaluation.calibration is not None:
         record["calibration"] = evaluation.calibration.metrics().to_json()
         record["confidence"] = evaluation.confidence
+    if evaluation.polyp is not None:
+        record["polyp"] = evaluation.polyp.metrics().to_json()
     record["confusion"] = evaluation.confusion.matrix.tolist()
     return record

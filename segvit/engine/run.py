@@ -163,7 +163,8 @@ class RunLog:
             self.miou = row["val"]["miou"]
             return
         rate = self.batch_size / row["seconds"] if row.get("seconds") else float("nan")
-        shown = f"loss {row['loss']:.4g}  mIoU {self.miou:.4f}  {rate:.1f} images/s"
+        validated = "" if math.isnan(self.miou) else f"mIoU {self.miou:.4f}  "
+        shown = f"loss {row['loss']:.4g}  {validated}{rate:.1f} images/s"
         self.bar.update(self.task, completed=row["step"], description=shown)
         now = time.monotonic()
         if self.bar.disable and (now - self.shown > SECONDS_BETWEEN_LINES or row["step"] in (1, self.steps)):

@@ -39,3 +39,12 @@ VIT_RULES: Rules = (
     (r"^(backbone\.blocks\.\d+\.)ffn\.layers\.1\.", r"\1mlp.fc2."),
     (r"^backbone\.ln1\.", "backbone.norm."),
 )
+
+# The official PVT v2 and mmsegmentation's into timm's feature pyramid.
+PVT_V2_RULES: Rules = (
+    (r"^backbone\.patch_embed1\.", "backbone.network.patch_embed."),
+    *((rf"^backbone\.patch_embed{i}\.", f"backbone.network.stages_{i - 1}.downsample.") for i in (2, 3, 4)),
+    *((rf"^backbone\.block{i}\.", f"backbone.network.stages_{i - 1}.blocks.") for i in (1, 2, 3, 4)),
+    *((rf"^backbone\.norm{i}\.", f"backbone.network.stages_{i - 1}.norm.") for i in (1, 2, 3, 4)),
+    (r"\.dwconv\.dwconv\.", ".dwconv."),
+)

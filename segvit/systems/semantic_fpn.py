@@ -26,7 +26,7 @@ from segvit.losses.cross_entropy import logits_at, pixel_counts
 from segvit.losses.pixel import pixel_losses
 from segvit.nn.fpn import FPN, FPN_RULES
 from segvit.nn.readout import logit_rows
-from segvit.nn.rename import Rules, rename
+from segvit.nn.rename import PVT_V2_RULES, Rules, rename
 
 
 class ScaleHead(nn.Sequential):
@@ -149,17 +149,10 @@ OFFICIAL: Rules = (
     *((rf"^decode_head\.scale_heads\.(\d)\.{i}\.bn\.", rf"head.scales.\1.{2 * i + 1}.") for i in (0, 2, 4)),
     (r"^decode_head\.conv_seg\.", "head.classify."),
 )
-PVT_V2: Rules = (  # timm's names of its stages
-    (r"^backbone\.patch_embed1\.", "backbone.network.patch_embed."),
-    *((rf"^backbone\.patch_embed{i}\.", f"backbone.network.stages_{i - 1}.downsample.") for i in (2, 3, 4)),
-    *((rf"^backbone\.block{i}\.", f"backbone.network.stages_{i - 1}.blocks.") for i in (1, 2, 3, 4)),
-    *((rf"^backbone\.norm{i}\.", f"backbone.network.stages_{i - 1}.norm.") for i in (1, 2, 3, 4)),
-    (r"\.dwconv\.dwconv\.", ".dwconv."),
-)
 UNUSED = r"^backbone\.(cls_token$|norm\.|head\.)"
 
 
 def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Official checkpoints (whai362/PVT and PVTv2-Seg, mmsegmentation's FPN and FPNHead) into ours."""
     second = "backbone.norm1.weight" in state
-    return rename(state, [*OFFICIAL, *PVT_V2] if second else OFFICIAL, unused=UNUSED)
+    return rename(state, [*OFFICIAL, *PVT_V2_RULES] if second else OFFICIAL, unused=UNUSED)

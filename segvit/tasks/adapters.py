@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 
 
 def list_adapters() -> list[dict[str, Any]]:
-    """Every tuning method, what it does, and its options with their defaults."""
+    """Every tuning method, what it does, and its options with their defaults; None also for what the model tells."""
     rows = []
     for name, method in ADAPTERS.items():
-        options = {key: option.default for key, option in inspect.signature(method).parameters.items()}
+        parameters = inspect.signature(method).parameters
+        options = {key: None if item.default is item.empty else item.default for key, item in parameters.items()}
         options.pop("backbone")
         rows.append({"name": name, "what": (method.__doc__ or "").strip().splitlines()[0], "options": options})
     return rows

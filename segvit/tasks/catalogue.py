@@ -19,9 +19,16 @@ from segvit.zoo import MODELS, create_model, find_system, numbered_classes
 
 # (licence, how it is had) of the pretrained weights that our recipes name.
 LICENCES = {
+    "vit_tiny_patch16_384.augreg_in21k_ft_in1k": ("Apache-2.0", "open"),
+    "vit_small_patch16_384.augreg_in21k_ft_in1k": ("Apache-2.0", "open"),
     "vit_base_patch16_384.augreg_in21k_ft_in1k": ("Apache-2.0", "open"),
     "vit_large_patch16_384.augreg_in21k_ft_in1k": ("Apache-2.0", "open"),
+    "vit_base_patch8_224.augreg_in21k_ft_in1k": ("Apache-2.0", "open"),
     "deit_base_patch16_384.fb_in1k": ("Apache-2.0", "open"),
+    "deit_base_distilled_patch16_384.fb_in1k": ("Apache-2.0", "open"),
+    "beit_large_patch16_384.in22k_ft_in22k_in1k": ("Apache-2.0", "open"),
+    "pvt_v2_b0.in1k": ("Apache-2.0", "open"),
+    "pvt_v2_b2.in1k": ("Apache-2.0", "open"),
     "vit_small_patch14_reg4_dinov2.lvd142m": ("Apache-2.0", "open"),
     "vit_base_patch14_reg4_dinov2.lvd142m": ("Apache-2.0", "open"),
 }

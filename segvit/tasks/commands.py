@@ -51,14 +51,14 @@ def default_device() -> str:
 
 def evaluate_run(
     run: str, data: str | None, split: str, out: str | None, *, views: Views, precision: Precision,
-    device: str | None, workers: int,
+    device: str | None, workers: int, polyp: bool = False,
 ) -> Evaluated:  # fmt: skip
     """Evaluate a run on a dataset, by default its own, and write metrics.json and index.html."""
     segment = predictor(run, views=views, precision=precision, device=device)
     source = data or _trained_on(run)
     dataset = open_dataset(source)
     with progress_bar("evaluating") as progress:
-        found = evaluate(segment, dataset, split, workers=workers, details=True, progress=progress)
+        found = evaluate(segment, dataset, split, workers=workers, details=True, polyp=polyp, progress=progress)
     metrics = found.confusion.metrics()
     folder = Path(out) if out else _evaluation_folder(run, split)
     words = protocol(segment.run.spec, views)
@@ -72,6 +72,9 @@ def evaluate_run(
         summary += f"  boundary IoU {report['boundary']['miou']:.4f}"
     if "calibration" in report and report["calibration"]["ece"] is not None:
         summary += f"  ECE {report['calibration']['ece']:.4f}"
+    if "polyp" in report:
+        names = ("mdice", "miou", "weighted_f", "s", "mean_e", "max_e", "mae")
+        summary += "\npolyp: " + "  ".join(f"{name} {report['polyp'][name]:.4f}" for name in names)
     table = aligned([COLUMNS, *metrics.table(dataset.classes)])
     closing = f"{summary}  over {metrics.counted} classes\n{split} of {source}: {words}\n{folder / 'index.html'}"
     return Evaluated(report, f"{table}\n\n{closing}")

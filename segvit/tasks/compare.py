@@ -1,7 +1,8 @@
 """Several models, one data set, one budget: train each, then set accuracy against parameters, GFLOPs and latency.
 
 Every model is trained from nothing, with the same crops and batches. A budget of minutes is for each model's training;
-it becomes a number of steps by timing a few, once: a resumed comparison goes on with the same number.
+it becomes a number of steps by timing a few, once: a resumed comparison goes on with the same number. What is compared
+may also be tuning methods of one model, see compare_adapters.
 """
 
 from __future__ import annotations
@@ -13,20 +14,21 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import date
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from segvit import __version__
+from segvit.adapters.places import backbone_of
 from segvit.contracts import Size, UserError
 from segvit.data.dataset import Dataset, open_dataset
 from segvit.data.loading import train_batches
-from segvit.engine.fit import Procedure, Progress, fit
+from segvit.engine.fit import Progress, fit
+from segvit.engine.freeze import freeze
 from segvit.engine.history import read_history
 from segvit.engine.interrupt import Stopped
 from segvit.engine.optim import make_optimizer, parameter_rates
@@ -36,10 +38,11 @@ from segvit.files import write_json
 from segvit.inference.predictor import TorchRuntime
 from segvit.model_folder import load_model
 from segvit.nn.flops import count_gflops, count_parameters
-from segvit.tasks.compare_report import Row, table_text, write_comparison
+from segvit.tasks.compare_report import MODELS, Row, View, table_text, write_comparison
 from segvit.tasks.data_bench import read_experiment
 from segvit.tasks.dense import build_model, check_loss, located, train
 from segvit.tasks.experiment import Experiment
+from segvit.tasks.procedure import make_procedure
 from segvit.tasks.run import draw_lists, grouped, make_accelerator
 from segvit.zoo import find_system
 
@@ -61,7 +64,7 @@ ROUNDS = 11  # of the latency, all models in turn
 
 @dataclass(frozen=True)
 class Compared:
-    """What `segvit compare` prints, for machines and for people, and whether every model came through."""
+    """What `segvit compare` prints, for machines and for people, and whether every candidate came through."""
 
     report: dict[str, Any]
     text: str
@@ -70,7 +73,7 @@ class Compared:
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """How long each model trains: steps, or minutes that become steps."""
+    """How long each candidate trains: steps, or minutes that become steps."""
 
     steps: int | None = None
     minutes: float | None = None
@@ -102,25 +105,39 @@ def compare(
     for name in names:
         find_system(name)
     base = shared_experiment(data, config, crop=crop, batch_size=batch_size, workers=workers, device=device)
+    wanted = settings(base, budget, config)
+    return carry_out(Path(out), names, lambda name: of_model(base, name, config), base, budget, wanted, view=MODELS)
+
+
+def carry_out(
+    folder: Path, names: Sequence[str], experiment_of: Callable[[str], Experiment], base: Experiment, budget: Budget,
+    wanted: dict[str, Any], *, view: View,
+) -> Compared:  # fmt: skip
+    """Train, evaluate and measure the candidates called `names`, or what is left of them, and write the comparison.
+
+    `wanted` is what an earlier call must have had too. Raises UserError for data without a train or a val split, and
+    for a folder that holds another comparison.
+    """
     dataset = open_dataset(base.data)
     for split in ("train", "val"):
         if split not in dataset.splits or not dataset.count(split):
-            raise UserError(f"{data} has no {split} images; a comparison needs a train and a val split")
-    folder = Path(out)
+            raise UserError(f"{base.data} has no {split} images; a comparison needs a train and a val split")
     with locked(folder):
-        record = open_record(folder, settings(base, budget, config))
-        rows = [row(folder, name, base, dataset, budget, record, config=config) for name in names]
+        record = open_record(folder, wanted)
+        rows = [row(folder, name, experiment_of, dataset, budget, record) for name in names]
         measured = with_latencies(folder, rows, base)
         facts = machine(base) | {
-            "data": Path(data).name or data, "date": date.today().isoformat(), "budget": f"{budget.words} a model",
+            "data": Path(base.data).name or base.data, "date": date.today().isoformat(),
+            "budget": f"{budget.words} {view.each}", "start": view.start,
             "training images": dataset.count("train"), "validation images": dataset.count("val"),
             "classes": len(dataset.classes), "crop": list(base.augment.crop), "batch size": base.batch_size,
         }  # fmt: skip
         record |= {"facts": facts, "models": record["models"] | {one.name: one._asdict() for one in measured}}
         write_json(folder / "compare.json", record)
-        write_comparison(folder, measured, facts)
+        write_comparison(folder, measured, facts, view)
     shown = {"facts": facts, "models": [one._asdict() for one in measured]}
-    return Compared(shown, f"{table_text(measured)}\n\n{folder / 'index.html'}", not any(one.error for one in measured))
+    text = f"{table_text(measured, view)}\n\n{folder / 'index.html'}"
+    return Compared(shown, text, not any(one.error for one in measured))
 
 
 def shared_experiment(
@@ -163,15 +180,15 @@ def open_record(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
 
 
 def row(
-    folder: Path, name: str, base: Experiment, dataset: Dataset, budget: Budget, record: dict[str, Any], *,
-    config: str | None,
+    folder: Path, name: str, experiment_of: Callable[[str], Experiment], dataset: Dataset, budget: Budget,
+    record: dict[str, Any],
 ) -> Row:  # fmt: skip
-    """The result of one model: read from the record where it is there, else trained."""
+    """The result of one candidate: read from the record where it is there, else trained."""
     known = record["models"].get(name, {})
     if known.get("miou") is not None and (folder / name / "model" / "model.safetensors").is_file():
         return Row(**known)
     try:
-        experiment = of_model(base, name, config)
+        experiment = experiment_of(name)
         planned = Row(name=name, steps=known.get("steps") or steps_for(experiment, dataset, budget))
         keep(folder, record, planned)  # before the training: a resumed one has the same number of steps
         done = trained(folder, experiment, planned)
@@ -179,27 +196,28 @@ def row(
         return done
     except (KeyboardInterrupt, Stopped):
         raise
-    except Exception as error:  # whatever goes wrong with one model, the others are to be compared
+    except Exception as error:  # whatever goes wrong with one, the others are to be compared
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         line = " ".join(str(error).split())[:300]
         return Row(name=name, steps=record["models"].get(name, {}).get("steps") or 0, error=f"{kind}{line}")
 
 
 def keep(folder: Path, record: dict[str, Any], found: Row) -> None:
-    """Write a model's row into the record."""
+    """Write a candidate's row into the record."""
     record["models"][found.name] = found._asdict()
     write_json(folder / "compare.json", record)
 
 
 def of_model(base: Experiment, name: str, config: str | None) -> Experiment:
-    """The run of one model. A recipe's options and loss are for the model that it names."""
+    """The run of one model, from nothing. A recipe's options and loss are for the model that it names."""
     own = config is not None and base.model == name
     options = dict(base.options) if own else {}
     parameters = inspect.signature(find_system(name).build).parameters
     if "image_size" in parameters and "image_size" not in options:
         options["image_size"] = list(base.augment.crop)
     loss = base.loss if own else {}
-    changed = replace(base, model=name, options=options, loss=loss)
+    nothing: dict[str, Any] = {"weights": None, "init": None, "adapter": None, "adapter_options": {}}
+    changed = replace(base, model=name, options=options, loss=loss, **nothing)
     if config is not None:
         return changed
     optim = next(optim for start, optim in OPTIMS.items() if name.startswith(start))
@@ -220,12 +238,7 @@ def seconds_a_step(experiment: Experiment, dataset: Dataset) -> float:
     experiment = experiment.for_channels(dataset.channels)
     check_loss(experiment)
     model = build_model(experiment, dataset.classes, levels=dataset.levels).to(accelerator.device)
-    system, classes = find_system(experiment.model), dataset.classes
-    procedure = Procedure(
-        criterion=partial(system.criterion, ignore_index=classes.ignore_index, **experiment.loss),
-        normalisers=partial(system.normalisers, num_classes=len(classes), ignore_index=classes.ignore_index),
-        schedule=experiment.schedule, steps=UNTIMED + TIMED, clip=experiment.optim.clip,
-    )  # fmt: skip
+    procedure = make_procedure(experiment, dataset, device=accelerator.device, steps=UNTIMED + TIMED)
     rates = parameter_rates(model.named_parameters(), experiment.optim)
     network, optimizer = accelerator.prepare(model, make_optimizer(rates, experiment.optim))
     loader = train_batches(
@@ -241,7 +254,7 @@ def seconds_a_step(experiment: Experiment, dataset: Dataset) -> float:
 
 
 def trained(folder: Path, experiment: Experiment, planned: Row) -> Row:
-    """The row with what training and evaluating the model in its own run folder gave."""
+    """The row with what training and evaluating in a run folder of its own gave."""
     out = folder / planned.name
     schedule = replace(experiment.schedule, warmup=min(experiment.schedule.warmup, round(WARMUP * planned.steps)))
     result = train(
@@ -256,9 +269,14 @@ def trained(folder: Path, experiment: Experiment, planned: Row) -> Row:
         raise UserError("mIoU is not defined: no validation mask has a labelled pixel; see segvit data check")
     size = experiment.augment.crop
     model = load_model(out)
+    freeze(model, experiment.optim.freeze)  # of which the model folder does not know
+    place = f"{backbone_of(model)[0]}." if experiment.adapter is not None else None
+    tuned = {name: item.numel() for name, item in model.named_parameters() if item.requires_grad}
+    inside = None if place is None else sum(count for name, count in tuned.items() if name.startswith(place))
     return planned._replace(
         miou=float(result.metrics.miou), macc=float(result.metrics.macc), aacc=float(result.metrics.aacc),
-        parameters=count_parameters(model), gflops=count_gflops(model, (size[0], size[1])),
+        parameters=count_parameters(model), trained=sum(tuned.values()), inside=inside,
+        gflops=count_gflops(model, (size[0], size[1])),
         seconds=sum(line.get("seconds", 0.0) for line in read_history(out)),
     )  # fmt: skip
 

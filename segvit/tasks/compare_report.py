@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,11 +12,9 @@ from segvit.engine.scatter import Point, scatter
 from segvit.files import write_text
 from segvit.tasks.console import aligned
 
-HEAD = ("model", "mIoU", "pixel accuracy", "parameters", "GFLOPs", "latency", "steps", "training")
-
 
 class Row(NamedTuple):
-    """One model of a comparison; None is what was not reached."""
+    """One candidate of a comparison; None is what was not reached."""
 
     name: str
     steps: int
@@ -25,24 +23,77 @@ class Row(NamedTuple):
     macc: float | None = None
     aacc: float | None = None
     parameters: int | None = None
+    trained: int | None = None  # of the parameters
+    inside: int | None = None  # of those that trained, in the backbone; None without a tuning method
     gflops: float | None = None
     latency: float | None = None  # milliseconds
     error: str | None = None
 
 
-def cells(row: Row) -> list[str]:
-    """A row of the tables, in HEAD's order."""
+class Column(NamedTuple):
+    """What a table says of each row that came through."""
+
+    title: str
+    text: Callable[[Row], str]
+
+
+class Chart(NamedTuple):
+    """mIoU over a cost, above 0, of each row that came through."""
+
+    over: str
+    unit: str
+    cost: Callable[[Row], float]
+
+
+class View(NamedTuple):
+    """What is compared, and how it is shown."""
+
+    what: str  # many of them
+    each: str  # the budget is for so much
+    start: str  # where the training starts from
+    columns: tuple[Column, ...]  # the first is the name, the last has room for what went wrong
+    charts: tuple[Chart, ...]
+
+
+def millions(count: int | None) -> str:
+    """Such as 3.22 M."""
+    return f"{(count or 0) / 1e6:.2f} M"
+
+
+QUALITY = (
+    Column("mIoU", lambda row: f"{100 * (row.miou or 0.0):.2f}"),
+    Column("pixel accuracy", lambda row: f"{100 * (row.aacc or 0.0):.2f}"),
+)
+COST = (
+    Column("GFLOPs", lambda row: f"{row.gflops or 0.0:.2f}"),
+    Column("latency", lambda row: f"{row.latency or 0.0:.1f} ms"),
+    Column("steps", lambda row: str(row.steps)),
+    Column("training", lambda row: f"{row.seconds / 60:.1f} min"),
+)
+MODELS = View(
+    "models", "a model", "From nothing",
+    (
+        Column("model", lambda row: row.name), *QUALITY,
+        Column("parameters", lambda row: millions(row.parameters)), *COST,
+    ),
+    (
+        Chart("parameters", "million parameters", lambda row: 1e-6 * (row.parameters or 0)),
+        Chart("GFLOPs", "GFLOPs", lambda row: row.gflops or 0.0),
+        Chart("latency", "milliseconds an image", lambda row: row.latency or 0.0),
+    ),
+)  # fmt: skip
+
+
+def cells(row: Row, view: View) -> list[str]:
+    """A row of the tables, in the order of the view's columns."""
     if row.error is not None:
-        return [row.name, "failed", *[""] * (len(HEAD) - 3), row.error]
-    assert row.miou is not None  # a row without an error is complete
-    assert row.aacc is not None
-    assert row.parameters is not None
-    assert row.gflops is not None
-    assert row.latency is not None
-    return [
-        row.name, f"{100 * row.miou:.2f}", f"{100 * row.aacc:.2f}", f"{row.parameters / 1e6:.2f} M",
-        f"{row.gflops:.2f}", f"{row.latency:.1f} ms", str(row.steps), f"{row.seconds / 60:.1f} min",
-    ]  # fmt: skip
+        return [row.name, "failed", *[""] * (len(view.columns) - 3), row.error]
+    return [column.text(row) for column in view.columns]
+
+
+def head(view: View) -> list[str]:
+    """The titles of the columns."""
+    return [column.title for column in view.columns]
 
 
 def ranked(rows: Sequence[Row]) -> list[Row]:
@@ -50,11 +101,11 @@ def ranked(rows: Sequence[Row]) -> list[Row]:
     return sorted(rows, key=lambda row: -1.0 if row.miou is None else row.miou, reverse=True)
 
 
-def table_text(rows: Sequence[Row]) -> str:
+def table_text(rows: Sequence[Row], view: View) -> str:
     """The table for a terminal; failures have lines of their own below."""
-    good = [cells(row) for row in ranked(rows) if row.error is None]
+    good = [cells(row, view) for row in ranked(rows) if row.error is None]
     failures = [f"{row.name} failed: {row.error}" for row in rows if row.error is not None]
-    return "\n".join([aligned([HEAD, *good]) if good else "no model came through", *failures])
+    return "\n".join([aligned([head(view), *good]) if good else "nothing came through", *failures])
 
 
 def caption(facts: dict[str, Any]) -> str:
@@ -63,48 +114,37 @@ def caption(facts: dict[str, Any]) -> str:
     where = f"{facts['device']}, {facts['processor']}, {facts['cores']} cores, torch threads {facts['threads']}"
     return (
         f"{facts['data']}: {facts['training images']} training and {facts['validation images']} validation images, "
-        f"{facts['classes']} classes. From nothing, {facts['budget']}, crops of {high} x {wide}, batches of "
+        f"{facts['classes']} classes. {facts['start']}, {facts['budget']}, crops of {high} x {wide}, batches of "
         f"{facts['batch size']}. GFLOPs (one multiply-add each) and latency (median, one image to its labels, fp32) at "
         f"the crop's size. Measured {facts['date']} on {where}, torch {facts['torch']}, segvit {facts['segvit']}."
     )
 
 
-def write_comparison(folder: Path, rows: Sequence[Row], facts: dict[str, Any]) -> None:
+def write_comparison(folder: Path, rows: Sequence[Row], facts: dict[str, Any], view: View) -> None:
     """Write compare.md, a table for a README, and index.html."""
     order = ranked(rows)
-    lines = ["| " + " | ".join(HEAD) + " |", "|---|" + "---:|" * (len(HEAD) - 1)]
-    lines += ["| " + " | ".join(cell.replace("|", "/") for cell in cells(row)) + " |" for row in order]
+    lines = ["| " + " | ".join(head(view)) + " |", "|---|" + "---:|" * (len(view.columns) - 1)]
+    lines += ["| " + " | ".join(cell.replace("|", "/") for cell in cells(row, view)) + " |" for row in order]
     write_text(folder / "compare.md", "\n".join([*lines, "", caption(facts), ""]))
     done = [row for row in order if row.error is None]
     charts = [
-        scatter(f"mIoU over {what}", [Point(row.name, cost(row, scale), row.miou or 0.0) for row in done], unit=unit)
-        for what, unit, cost, scale in (
-            ("parameters", "million parameters", _parameters, 1e-6), ("GFLOPs", "GFLOPs", _gflops, 1.0),
-            ("latency", "milliseconds an image", _latency, 1.0),
+        scatter(
+            f"mIoU over {chart.over}", [Point(row.name, chart.cost(row), row.miou or 0.0) for row in done],
+            unit=chart.unit,
         )
+        for chart in view.charts
     ]  # fmt: skip
-    linked = [[_link(row), *map(escape, cells(row)[1:])] for row in order]
+    linked = [[_link(row), *map(escape, cells(row, view)[1:])] for row in order]
+    note = f"Dashed: the {view.what} that nothing cheaper reaches. The cost is on a logarithmic axis."
     sections = [
-        f"<p>{escape(caption(facts))}</p>", page.table(HEAD, linked),
+        f"<p>{escape(caption(facts))}</p>", page.table(head(view), linked),
         f'<div class="grid">{"".join(charts)}</div>' if done else "",
-        "<p>Dashed: the models that nothing cheaper reaches. The cost is on a logarithmic axis.</p>" if done else "",
+        f"<p>{note}</p>" if done else "",
     ]  # fmt: skip
-    page.write_page(folder / "index.html", f"{len(rows)} models on {facts['data']}", sections)
-
-
-def _parameters(row: Row, scale: float) -> float:
-    return scale * (row.parameters or 0)
-
-
-def _gflops(row: Row, scale: float) -> float:
-    return scale * (row.gflops or 0.0)
-
-
-def _latency(row: Row, scale: float) -> float:
-    return scale * (row.latency or 0.0)
+    page.write_page(folder / "index.html", f"{len(rows)} {view.what} on {facts['data']}", sections)
 
 
 def _link(row: Row) -> str:
-    """The name, leading to the model's own report where it has one."""
+    """The name, leading to the run's own report where it has one."""
     name = escape(row.name)
     return name if row.error is not None else f'<a href="{name}/report/index.html">{name}</a>'

@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import count, cycle, islice, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,13 +20,13 @@ from segvit.data.cache import RAM_SHARE, CachedDataset, Ram, cached, estimated_b
 from segvit.data.dataset import Dataset, open_dataset
 from segvit.data.loading import permutation, train_batches
 from segvit.data.memory import available_memory
-from segvit.engine.fit import Procedure, Progress, fit
+from segvit.engine.fit import Progress, fit
 from segvit.engine.optim import make_optimizer, parameter_rates
 from segvit.tasks.console import aligned, progress_bar
 from segvit.tasks.dense import build_model, check_loss
 from segvit.tasks.experiment import Experiment
+from segvit.tasks.procedure import make_procedure
 from segvit.tasks.run import make_accelerator
-from segvit.zoo import find_system
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -206,12 +205,7 @@ def model_speed(
 
     The batch is as large as the experiment's micro-batch, or smaller where a single step of it would take too long.
     """
-    system, classes = find_system(experiment.model), dataset.classes
-    procedure = Procedure(
-        criterion=partial(system.criterion, ignore_index=classes.ignore_index, **experiment.loss),
-        normalisers=partial(system.normalisers, num_classes=len(classes), ignore_index=classes.ignore_index),
-        schedule=experiment.schedule, steps=0, clip=experiment.optim.clip,
-    )  # fmt: skip
+    procedure = make_procedure(experiment, dataset, device=accelerator.device, steps=0)
     # The rate is 0, so that hundreds of steps on one batch cannot diverge.
     rates = parameter_rates(model.named_parameters(), replace(experiment.optim, lr=0.0))
     network, optimizer = accelerator.prepare(model.to(accelerator.device), make_optimizer(rates, experiment.optim))

@@ -6,7 +6,7 @@ import inspect
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from accelerate.utils import set_seed
 
@@ -156,14 +156,22 @@ def build_model(experiment: Experiment, classes: Classes, *, levels: tuple[float
 
 def check_loss(experiment: Experiment) -> None:
     """Raises UserError for a loss option, or class weights, that the system's criterion does not have."""
-    parameters = inspect.signature(find_system(experiment.model).criterion).parameters.values()
+    system = find_system(experiment.model)
+    if system.task != "dense":
+        raise UserError(f"{experiment.model} classifies whole images and makes no masks; see segvit classify train")
+    criterion = system.criterion
+    parameters = inspect.signature(criterion).parameters.values()
     named = [item.name for item in parameters if item.kind is item.KEYWORD_ONLY]
     if experiment.class_balance != "none" and "class_weights" not in named:
         raise UserError(f"the loss of {experiment.model} takes no class weights; set class_balance: none")
     accepted = [name for name in named if name not in FROM_DATA]
-    for name in experiment.loss:
+    hints = get_type_hints(criterion)
+    for name, value in experiment.loss.items():
         if name not in accepted:
             raise UserError(f"{experiment.model} has no loss option {name!r}; it has {', '.join(accepted) or 'none'}")
+        words = get_args(hints[name]) if get_origin(hints[name]) is Literal else ()
+        if (words and value not in words) or (isinstance(value, str) and not words):
+            raise UserError(f"loss: {name} is {value!r}; give {'one of ' + ', '.join(words) if words else 'a number'}")
 
 
 def input_spec(experiment: Experiment, default: InputSpec) -> InputSpec:

@@ -93,7 +93,7 @@ class Experiment:
     input: Input = Input()
     optim: Optim = Optim()
     schedule: Schedule = Schedule()
-    loss: dict[str, float] = field(default_factory=dict)
+    loss: dict[str, float | str] = field(default_factory=dict)
     class_balance: Balance = "none"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     ema: float | None = None

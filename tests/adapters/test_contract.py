@@ -18,6 +18,7 @@ from segvit.contracts import UserError
 from segvit.model_folder import load_model, save_model
 from segvit.tasks.adapters import merge, merge_adapter
 from segvit.zoo import adapt, create_model
+from tests.text.clips import text_file
 
 K = 3
 VIT: dict[str, Any] = {"image_size": 32, "patch_size": 8, "depth": 3, "embed_dim": 64}
@@ -32,7 +33,7 @@ PLAIN = {  # of timm, cut to two blocks: two prefix tokens, one scale a head, ro
     "beit_base_patch16_224": {"embed_dim": 64}, "vit_small_patch14_reg4_dinov2": {},
 }  # fmt: skip
 # The output is the base's until they are trained.
-IDENTITY = {"lora", "head_only", "bitfit", "norm_only", "full", "svf", "spm", "pro_tuning"}
+IDENTITY = {"lora", "head_only", "bitfit", "norm_only", "full", "svf", "spm", "pro_tuning", "lv_adapter"}
 MERGEABLE = {"ssf", "lora", "svf", "head_only", "bitfit", "norm_only", "full"}
 PLAIN_METHODS = sorted(ADAPTERS)
 
@@ -45,8 +46,13 @@ def build(name: str = "segmenter_vit_tiny", **options: Any) -> Any:
 def tuned(method: str, name: str = "segmenter_vit_tiny", **options: Any) -> Any:
     model = build(name, **options)
     torch.manual_seed(1)
-    adapt(model, method)
+    adapt(model, method, **needed(method))
     return model.eval()
+
+
+def needed(method: str) -> dict[str, Any]:
+    """The options without which a method cannot be."""
+    return {"text_weights": text_file()} if method == "lv_adapter" else {}
 
 
 def images(side: int = 40) -> Tensor:
@@ -87,7 +93,7 @@ def test_untouched_keys_stay_and_detach_puts_the_very_modules_back(method: str) 
     plain = build()
     modules, state = dict(plain.named_modules()), plain.state_dict()
     expected = plain(images()).logits
-    adapt(plain, method)
+    adapt(plain, method, **needed(method))
     replaced = [change.path for change in plain.adapter.changes if change.old is not None]
     for key in state:
         if not any(key.startswith(f"backbone.{path}.") for path in replaced):
@@ -127,7 +133,7 @@ def test_every_plain_vit(method: str, backbone: str) -> None:
         "segmenter_linear_vit_base", num_classes=K, backbone=backbone, image_size=32, patch_size=16, depth=2,
         **PLAIN[backbone],
     )  # fmt: skip
-    adapt(model, method)
+    adapt(model, method, **needed(method))
     shake(model)
     out = model.eval()(images(50)).logits
     assert out.isfinite().all()
@@ -146,7 +152,7 @@ def test_a_folder_brings_the_model_back(method: str, tmp_path: Path) -> None:
     base = build()
     save_model(base, tmp_path / "base")
     model = load_model(tmp_path / "base")
-    adapt(model, method)
+    adapt(model, method, **needed(method))
     shake(model)
     save_adapter(model, tmp_path / "adapter", base="../base")
     loaded = load_model(tmp_path / "adapter")

@@ -13,10 +13,11 @@ import pytest
 
 from segvit.contracts import InputSpec, UserError
 from segvit.data import cache
-from segvit.data.cache import CachedDataset, Disk, cache_folder, cached, read_raw
+from segvit.data.cache import CachedDataset, Disk, cached, read_raw
 from segvit.data.dataset import FolderDataset, open_dataset
 from segvit.data.loading import samples, train_batches
 from segvit.data.transforms import Augment
+from segvit.files import cache_folder
 from tests.data.folders import save, two_folders
 
 

@@ -17,8 +17,7 @@ import PIL
 
 from segvit.contracts import UserError
 from segvit.data.arrays import ARRAY_SUFFIXES
-from segvit.data.cache import cache_folder
-from segvit.files import write_text
+from segvit.files import cache_folder, write_text
 
 VERSION = f"segvit doctor 1, Pillow {PIL.__version__}"  # of the records; another Pillow may read other modes
 

@@ -1,0 +1,1 @@
+"""Words for CLIP: tokenizer, text tower, templates, checkpoints, class embeddings cached on disk."""
