@@ -25,6 +25,7 @@ METHODS = (
     "head_only",
     "norm_only",
     "bitfit",
+    "vpt_shallow",
     "vpt_deep",
     "ssf",
     "svf",
@@ -67,7 +68,7 @@ def report(folder: Path, miou: float, steps: int) -> str:
         "# Transfer study", "",
         f"A ViT of four blocks learned `{SCENES_A}` from nothing ({steps} steps, mIoU {100 * miou:.2f} there).",
         f"From its weights each method learned `{SCENES_B}`:",
-        "other classes, another look. The linear head trains always.",
+        "other classes, another look. The linear head trains always. LV-Adapter needs a text tower and is left out.",
         "", table, "", "One run of each, one seed; rates as in `segvit/tasks/compare_adapters.py`.", "",
         f"    {command.strip()}", "",
     ]  # fmt: skip

@@ -18,13 +18,29 @@ from torch import Tensor, nn
 from segvit.adapters.catalogue import attach
 from segvit.contracts import Classes, InputSpec, ModelConfig, Readout, UserError
 from segvit.palette import generate_palette
-from segvit.systems import classic, classifier, ddrnet, duat, ftn, rsseg, segmenter, segvit, semantic_fpn, setr
+from segvit.systems import (
+    castformer,
+    classic,
+    classifier,
+    ddrnet,
+    denseclip,
+    duat,
+    ftn,
+    rsseg,
+    segmenter,
+    segvit,
+    semantic_fpn,
+    setr,
+    zegclip,
+    zsseg,
+)
 
 if TYPE_CHECKING:
     from segvit.contracts import Model
 
 
 T = TypeVar("T")
+SOURCES = ("weights", "text_weights")  # options that say where the first weights come from
 
 
 class System(NamedTuple):
@@ -67,8 +83,25 @@ def _ddrnet(build: Callable[..., nn.Module]) -> System:
     return System(build, ddrnet.criterion, ddrnet.normalisers, ddrnet.READOUT, ddrnet.convert)
 
 
+def _denseclip(build: Callable[..., nn.Module]) -> System:
+    return System(build, denseclip.criterion, denseclip.normalisers, denseclip.READOUT, denseclip.convert)
+
+
+def _zegclip(build: Callable[..., nn.Module]) -> System:
+    return System(build, zegclip.criterion, zegclip.normalisers, zegclip.READOUT, zegclip.convert)
+
+
+def _zsseg(build: Callable[..., nn.Module]) -> System:
+    return System(build, zsseg.criterion, zsseg.normalisers, zsseg.READOUT, zsseg.convert)
+
+
 def _duat(build: Callable[..., nn.Module]) -> System:
     return System(build, duat.criterion, duat.normalisers, duat.READOUT, duat.convert)
+
+
+def _castformer(build: Callable[..., nn.Module]) -> System:
+    parts = castformer
+    return System(build, parts.criterion, parts.normalisers, parts.READOUT, parts.convert)
 
 
 def _classic(build: Callable[..., nn.Module]) -> System:
@@ -128,7 +161,16 @@ MODELS: dict[str, System] = {
     "ddrnet_23_slim": _ddrnet(ddrnet.ddrnet_23_slim),
     "ddrnet_23": _ddrnet(ddrnet.ddrnet_23),
     "ddrnet_39": _ddrnet(ddrnet.ddrnet_39),
+    "denseclip": _denseclip(denseclip.denseclip),
+    "denseclip_resnet50": _denseclip(denseclip.denseclip_resnet50),
+    "denseclip_resnet101": _denseclip(denseclip.denseclip_resnet101),
+    "denseclip_vit_base": _denseclip(denseclip.denseclip_vit_base),
+    "zegclip_vit_base": _zegclip(zegclip.zegclip_vit_base),
+    "zsseg_resnet50": _zsseg(zsseg.zsseg_resnet50),
+    "zsseg_resnet101c": _zsseg(zsseg.zsseg_resnet101c),
     "duat_pvt_v2_b2": _duat(duat.duat_pvt_v2_b2),
+    "castformer_r50": _castformer(castformer.castformer_r50),
+    "castformer_r50_vit_base": _castformer(castformer.castformer_r50_vit_base),
     "rsseg_vit_tiny": _rsseg(rsseg.rsseg_vit_tiny),
     "rsseg_vit_small": _rsseg(rsseg.rsseg_vit_small),
     "rsseg_vit_base": _rsseg(rsseg.rsseg_vit_base),
@@ -212,10 +254,12 @@ def create_model(
         classes = numbered_classes(num_classes)
     elif num_classes not in (None, len(classes)):
         raise UserError(f"num_classes is {num_classes} but the class table has {len(classes)} entries; leave one out")
-    network = build_network(name, num_classes=len(classes), **options)
+    takes_words = "class_names" in inspect.signature(find_system(name).build).parameters
+    words = {"class_names": classes.names} if takes_words else {}
+    network = build_network(name, num_classes=len(classes), **(words | options))
     model = cast("Model", network)
     # What the options were built from is not needed to build them again: weights come with the model.
-    kept = json.loads(json.dumps({key: value for key, value in options.items() if key != "weights"}))
+    kept = json.loads(json.dumps({key: value for key, value in options.items() if key not in SOURCES}))
     model.config = ModelConfig(name=name, options=kept, classes=classes)
     model.classes, model.readout = classes, find_system(name).readout
     levels = cast(Any, dict(network.named_children()).get("backbone", network))

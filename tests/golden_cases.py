@@ -24,10 +24,13 @@ from segvit.engine.optim import make_optimizer, parameter_rates
 from segvit.engine.schedule import learning_rate
 from segvit.systems import segmenter, segvit
 from tests.golden.run import Case
+from tests.golden_castformer import CASTFORMER
 from tests.golden_clip import CLIP
 from tests.golden_conv_adapter import CONV_ADAPTER
 from tests.golden_ddrnet import DDRNET
+from tests.golden_denseclip import DENSECLIP
 from tests.golden_duat import DUAT
+from tests.golden_few_shot import FEW_SHOT
 from tests.golden_ftn import FTN
 from tests.golden_hlg import HLG
 from tests.golden_medical import MEDICAL
@@ -37,6 +40,8 @@ from tests.golden_setr import SETR
 from tests.golden_ssf import SSF
 from tests.golden_svf import SVF
 from tests.golden_vpt import VPT
+from tests.golden_zegclip import ZEGCLIP
+from tests.golden_zsseg import ZSSEG
 
 
 def load(module: nn.Module, state: dict[str, Tensor], prefix: str = "") -> nn.Module:
@@ -237,10 +242,13 @@ BUILDERS: dict[tuple[str, str], Callable[[Case], dict[str, Tensor]]] = {
     ("segvit", "trajectory"): trajectory,
     ("segvit", "trajectory_shrunk"): trajectory,
     ("segmenter", "mask_transformer"): mask_transformer,
+    **CASTFORMER,
     **CLIP,
     **CONV_ADAPTER,
     **DDRNET,
+    **DENSECLIP,
     **DUAT,
+    **FEW_SHOT,
     **FTN,
     **HLG,
     **MEDICAL,
@@ -250,4 +258,6 @@ BUILDERS: dict[tuple[str, str], Callable[[Case], dict[str, Tensor]]] = {
     **SSF,
     **SVF,
     **VPT,
+    **ZEGCLIP,
+    **ZSSEG,
 }

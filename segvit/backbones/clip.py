@@ -267,11 +267,18 @@ def convert_vision(state: dict[str, Tensor], backbone: PlainViT | ClipResNet) ->
             {key: resize_table(state[key][None], grid=pool.grid, mode=pool.position_mode)[0]} if key in state else {}
         )
         return {**state, **tables}
-    grid, mode = backbone.pretrained_grid, backbone.position_mode
+    renamed, key = rename_vit(state), "pos_embed"
+    if key not in renamed:
+        return renamed
+    return renamed | {key: resize_table(renamed[key], grid=backbone.pretrained_grid, mode=backbone.position_mode)}
+
+
+def rename_vit(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """An official ViT tower (keys without `visual.`) in our names and shapes, its positions as they are."""
     changes: dict[str, Callable[[Tensor], Tensor]] = {
         "cls_token": lambda token: token[None, None],
         "embedding.proj.weight": lambda weight: weight.T.contiguous(),
-        "pos_embed": lambda table: resize_table(table[None], grid=grid, mode=mode),
+        "pos_embed": lambda table: table[None],
     }
     renamed = rename(state, VIT_RULES, unused="$^")
     return {key: changes[key](value) if key in changes else value for key, value in renamed.items()}

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from segvit.cli import adapters, classify, compare, data, detect, models, multi, run
+from segvit.cli import adapters, adversarial, classify, compare, data, detect, few_shot, models, multi, run
 from segvit.cli.parsing import make_parser, parse, with_values
 from segvit.contracts import UserError
 from segvit.engine.interrupt import Stopped
@@ -35,12 +35,15 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "models licences": models.models_licences,
     "multi train": multi.train,
     "multi predict": multi.predict,
+    "adversarial train": adversarial.train,
     "classify train": classify.train,
     "classify val": classify.val,
     "classify predict": classify.predict,
     "detect train": detect.train,
     "detect val": detect.val,
     "detect predict": detect.predict,
+    "few_shot train": few_shot.train,
+    "few_shot val": few_shot.val,
     "adapters list": adapters.adapters_list,
     "adapters inspect": adapters.adapters_inspect,
     "adapters merge": adapters.adapters_merge,

@@ -1,6 +1,9 @@
-"""The neck of feature pyramid networks: lateral 1x1 convolutions, a top-down sum, 3x3 convolutions.
+"""Semantic FPN's two parts: the neck of feature pyramid networks, and the head that adds its levels and classifies.
 
-Shapes    level i from fine to coarse, with C_i channels before and D after.
+Neck      lateral 1x1 convolutions, a top-down sum, 3x3 convolutions.
+Head      A. Kirillov et al., "Panoptic Feature Pyramid Networks", CVPR 2019, arXiv 1901.02446.
+
+Shapes    B images, K classes, level i from fine to coarse, with C_i channels before and D after the neck.
 """
 
 from __future__ import annotations
@@ -32,7 +35,46 @@ class FPN(nn.Module):
         return [output(x) for output, x in zip(self.output, levels, strict=True)]
 
 
+class ScaleHead(nn.Sequential):
+    """3x3 convolutions with BatchNorm and ReLU, each followed by a doubling, from a stride down to the finest one."""
+
+    def __init__(self, inputs: int, dim: int, doublings: int) -> None:
+        parts: list[nn.Module] = []
+        for i in range(max(1, doublings)):
+            width = inputs if i == 0 else dim
+            parts += [nn.Conv2d(width, dim, 3, padding=1, bias=False), nn.BatchNorm2d(dim), nn.ReLU()]
+            if doublings:
+                parts.append(nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False))
+        super().__init__(*parts)
+
+
+class FPNHead(nn.Module):
+    """The levels of an FPN -> logits (B, K, h, w) at the finest of their strides."""
+
+    def __init__(
+        self, inputs: int, dim: int, *, strides: Sequence[int], num_classes: int, dropout: float = 0.1
+    ) -> None:
+        super().__init__()
+        doublings = [(stride // strides[0]).bit_length() - 1 for stride in strides]
+        self.scales = nn.ModuleList(ScaleHead(inputs, dim, count) for count in doublings)
+        self.drop = nn.Dropout2d(dropout)
+        self.classify = nn.Conv2d(dim, num_classes, 1)
+        nn.init.normal_(self.classify.weight, std=0.01)
+        nn.init.constant_(self.classify.get_parameter("bias"), 0.0)
+
+    def forward(self, levels: list[Tensor]) -> Tensor:
+        total = self.scales[0](levels[0])
+        for scale, level in zip(self.scales[1:], levels[1:], strict=True):
+            total = total + F.interpolate(scale(level), size=total.shape[-2:], mode="bilinear", align_corners=False)
+        return self.classify(self.drop(total))
+
+
 FPN_RULES: Rules = (  # mmsegmentation's names
     (r"^neck\.lateral_convs\.(\d+)\.conv\.", r"fpn.lateral.\1."),
     (r"^neck\.fpn_convs\.(\d+)\.conv\.", r"fpn.output.\1."),
+)
+HEAD_RULES: Rules = (  # pairs of a convolution block and a doubling there are four modules here
+    *((rf"^decode_head\.scale_heads\.(\d)\.{i}\.conv\.", rf"head.scales.\1.{2 * i}.") for i in (0, 2, 4)),
+    *((rf"^decode_head\.scale_heads\.(\d)\.{i}\.bn\.", rf"head.scales.\1.{2 * i + 1}.") for i in (0, 2, 4)),
+    (r"^decode_head\.conv_seg\.", "head.classify."),
 )

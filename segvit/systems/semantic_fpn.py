@@ -16,7 +16,6 @@ import itertools
 from collections.abc import Sequence
 from functools import partial
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segvit.backbones.pvt import DEPTHS, PVT, STRIDES, pvt
@@ -24,43 +23,9 @@ from segvit.backbones.pyramid import Pyramid, pyramid
 from segvit.contracts import Dense, Features, Readout, UserError
 from segvit.losses.cross_entropy import logits_at, pixel_counts
 from segvit.losses.pixel import pixel_losses
-from segvit.nn.fpn import FPN, FPN_RULES
+from segvit.nn.fpn import FPN, FPN_RULES, HEAD_RULES, FPNHead
 from segvit.nn.readout import logit_rows
 from segvit.nn.rename import PVT_V2_RULES, Rules, rename
-
-
-class ScaleHead(nn.Sequential):
-    """3x3 convolutions with BatchNorm and ReLU, each followed by a doubling, from a stride down to the finest one."""
-
-    def __init__(self, inputs: int, dim: int, doublings: int) -> None:
-        parts: list[nn.Module] = []
-        for i in range(max(1, doublings)):
-            width = inputs if i == 0 else dim
-            parts += [nn.Conv2d(width, dim, 3, padding=1, bias=False), nn.BatchNorm2d(dim), nn.ReLU()]
-            if doublings:
-                parts.append(nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False))
-        super().__init__(*parts)
-
-
-class FPNHead(nn.Module):
-    """The levels of an FPN -> logits (B, K, h, w) at the finest of their strides."""
-
-    def __init__(
-        self, inputs: int, dim: int, *, strides: Sequence[int], num_classes: int, dropout: float = 0.1
-    ) -> None:
-        super().__init__()
-        doublings = [(stride // strides[0]).bit_length() - 1 for stride in strides]
-        self.scales = nn.ModuleList(ScaleHead(inputs, dim, count) for count in doublings)
-        self.drop = nn.Dropout2d(dropout)
-        self.classify = nn.Conv2d(dim, num_classes, 1)
-        nn.init.normal_(self.classify.weight, std=0.01)
-        nn.init.constant_(self.classify.get_parameter("bias"), 0.0)
-
-    def forward(self, levels: list[Tensor]) -> Tensor:
-        total = self.scales[0](levels[0])
-        for scale, level in zip(self.scales[1:], levels[1:], strict=True):
-            total = total + F.interpolate(scale(level), size=total.shape[-2:], mode="bilinear", align_corners=False)
-        return self.classify(self.drop(total))
 
 
 class SemanticFPN(nn.Module):
@@ -142,13 +107,7 @@ semantic_fpn_pvt_large = partial(semantic_fpn, backbone="pvt_large")
 semantic_fpn_pvt_v2_b0 = partial(semantic_fpn, backbone="pvt_v2_b0")
 semantic_fpn_pvt_v2_b2 = partial(semantic_fpn, backbone="pvt_v2_b2")
 
-OFFICIAL: Rules = (
-    *FPN_RULES,
-    # Pairs of a convolution block and a doubling there are four modules here.
-    *((rf"^decode_head\.scale_heads\.(\d)\.{i}\.conv\.", rf"head.scales.\1.{2 * i}.") for i in (0, 2, 4)),
-    *((rf"^decode_head\.scale_heads\.(\d)\.{i}\.bn\.", rf"head.scales.\1.{2 * i + 1}.") for i in (0, 2, 4)),
-    (r"^decode_head\.conv_seg\.", "head.classify."),
-)
+OFFICIAL: Rules = (*FPN_RULES, *HEAD_RULES)
 UNUSED = r"^backbone\.(cls_token$|norm\.|head\.)"
 
 

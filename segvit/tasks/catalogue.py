@@ -31,6 +31,7 @@ LICENCES = {
     "pvt_v2_b2.in1k": ("Apache-2.0", "open"),
     "vit_small_patch14_reg4_dinov2.lvd142m": ("Apache-2.0", "open"),
     "vit_base_patch14_reg4_dinov2.lvd142m": ("Apache-2.0", "open"),
+    "openai": ("MIT", "open"),
 }
 
 

@@ -17,7 +17,7 @@ from segvit.contracts import ModelConfig, Size, UserError
 from segvit.engine.settings import Optim
 from segvit.model_folder import load_model
 from segvit.tasks.compare import Budget, Compared, carry_out, settings, shared_experiment
-from segvit.tasks.compare_report import COST, QUALITY, Chart, Column, Row, View, millions
+from segvit.tasks.compare_report import COST, QUALITY, Chart, Column, Row, View
 from segvit.tasks.experiment import Experiment
 from segvit.zoo import find_system
 
@@ -117,7 +117,7 @@ def methods_view(base: Experiment) -> View:
     return View(
         "tuning methods", "a method", f"{base.model} {json.dumps(base.options)} from {start}",
         (
-            Column("method", lambda row: row.name), *QUALITY, Column("trained", lambda row: millions(row.trained)),
+            Column("method", lambda row: row.name), *QUALITY, Column("trained", lambda row: f"{row.trained or 0:,}"),
             Column("in the backbone", in_backbone), *COST,
         ),
         (Chart("trained parameters", "trained parameters", lambda row: float(row.trained or 0)),),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,35 @@ def find_clip(model: str | None, weights: str | None, *, quick_gelu: bool | None
         vision = replace(config.vision, mean=tuple(cfg["mean"]), std=tuple(cfg["std"]))
         config = replace(config, vision=vision)
     return Checkpoint(config, state, str(weights))
+
+
+def named_clip(
+    model: str, weights: str | None, *, embed_dim: int | None = None, vision: Mapping[str, Any] | None = None,
+    text: Mapping[str, Any] | None = None,
+) -> Checkpoint:  # fmt: skip
+    """As `find_clip`, for models that are built again by the name alone; or, from nothing, with other sizes.
+
+    `embed_dim`, `vision` and `text` replace fields of both configurations. Raises UserError where weights need the
+    other GELU than the name has, where sizes come with weights, and for sizes that the towers do not have.
+    """
+    found, named = find_clip(model, weights), clip_config(model)
+    if found.config.text and named.text and found.config.text.quick_gelu != named.text.quick_gelu:
+        bare = model.removesuffix("-quickgelu")
+        other = bare if bare != model else f"{model}-quickgelu"
+        raise UserError(f"{weights} was trained with the other GELU than {model}; name the model {other}")
+    if embed_dim is None and not vision and not text:
+        return found
+    if weights is not None:
+        raise UserError(f"{weights} has its own sizes; leave embed_dim, vision and text out")
+    joint: dict[str, Any] = {} if embed_dim is None else {"embed_dim": embed_dim}
+    lists: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in (vision or {}).items()}
+    try:
+        config = ClipConfig(
+            replace(found.vision, **lists, **joint), replace(found.text_config(), **(text or {}), **joint)
+        )
+    except TypeError as error:
+        raise UserError(f"vision and text hold sizes of CLIP's towers ({error}); correct them") from error
+    return replace(found, config=config)
 
 
 def official(state: dict[str, Any]) -> tuple[dict[str, Tensor], bool]:

@@ -1,4 +1,4 @@
-"""The neck of feature pyramid networks beyond the goldens: odd maps, any number of levels, official names."""
+"""Neck and head of feature pyramid networks beyond the goldens: odd maps, any number of levels, official names."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from segvit.nn.fpn import FPN, FPN_RULES
+from segvit.nn.fpn import FPN, FPN_RULES, FPNHead
 from segvit.nn.rename import rename
 
 
@@ -27,6 +27,19 @@ def test_levels_are_added_from_coarse_to_fine(seeded: torch.Generator) -> None:
 def test_one_level_is_two_convolutions(seeded: torch.Generator) -> None:
     fpn, x = FPN((4,), 5), torch.randn(1, 4, 3, 3)
     torch.testing.assert_close(fpn([x])[0], fpn.output[0](fpn.lateral[0](x)))
+
+
+@torch.no_grad()
+def test_levels_are_doubled_in_steps(seeded: torch.Generator) -> None:
+    head = FPNHead(8, 6, strides=(4, 8, 16), num_classes=4).eval()
+    assert [len(scale) for scale in head.scales] == [3, 4, 8]
+    levels = [torch.randn(1, 8, 10, 14), torch.randn(1, 8, 5, 7), torch.randn(1, 8, 2, 3)]  # 4 times 2 misses 10 by 2
+    conv, norm, act = head.scales[0]
+    total = act(norm(conv(levels[0]))) + head.scales[1](levels[1])
+    last = head.scales[2](levels[2])
+    assert last.shape[-2:] == (8, 12)
+    total = total + F.interpolate(last, size=(10, 14), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(head(levels), head.classify(total))
 
 
 def test_initialisation() -> None:

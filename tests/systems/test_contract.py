@@ -23,6 +23,24 @@ RESNET: dict[str, Any] = {"backbone": "resnet18"}
 PYRAMID: dict[str, Any] = {"backbone": "pvt_v2_b0"}
 PVT: dict[str, Any] = {"depths": [1] * 4, "dims": [16, 16, 20, 32], "position_size": 64}
 DPT: dict[str, Any] = {"decoder_intermediate_channels": [16, 16, 32, 32], "decoder_fusion_channels": 16}
+CASTFORMER: dict[str, Any] = {
+    "width": 32, "units": [1, 1, 1], "dim": 32, "heads": 2, "depth": 1, "iterations": 2, "grid": [4] * 4,
+    "decoder_dim": 32,
+}  # fmt: skip
+
+
+SMALL_TEXT = {"width": 32, "layers": 1, "heads": 2}
+DENSECLIP: dict[str, Any] = {
+    "embed_dim": 16, "text": SMALL_TEXT, "decoder_dim": 16, "decoder_layers": 1, "fpn_dim": 16, "head_dim": 16
+}  # fmt: skip
+CLIP_RESNET = {"width": 8, "layers": [1, 1, 1, 1], "heads": 4}
+CLIP_VIT = {"width": 64, "layers": 4, "heads": 2, "patch_size": 8}
+ZEGCLIP: dict[str, Any] = VIT | {"joint_dim": 32, "prompts": 3, "layers": 2, "heads": 4}
+ZSSEG: dict[str, Any] = PYRAMID | {
+    "dilations": None, "regions": False, "embed_dim": 16, "dim": 64, "mask_dim": 16, "queries": 7, "layers": 2,
+    "heads": 2, "hidden": 32, "embed_hidden": 32,
+}  # fmt: skip
+NO_SLOPE = r"k_proj\.bias"  # a key's bias adds the same to all scores of a query
 
 
 class Family(NamedTuple):
@@ -61,8 +79,17 @@ FAMILIES = {  # the longest that fits counts
     "ddrnet": Family(
         {"planes": 8, "spp_planes": 16, "head_planes": 16}, side=128, additive={"ohem": 0.0, "cross_entropy": 1.0}
     ),
+    "denseclip": Family(DENSECLIP | PYRAMID | {"image_size": 64}, cell=32, stride=4, side=64, silent=NO_SLOPE),
+    "denseclip_resnet": Family(
+        DENSECLIP | {"vision": CLIP_RESNET, "image_size": 64}, cell=32, stride=4, side=64, silent=NO_SLOPE
+    ),
+    "denseclip_vit": Family(DENSECLIP | {"vision": CLIP_VIT, "image_size": 32}, stride=2, silent=NO_SLOPE),
     # The last convolution of the global gates starts at 0, so nothing before it is told anything at first.
     "duat": Family(PYRAMID | {"dim": 16}, cell=32, stride=1, side=64, silent=r"global_attention\.(mask\.|mlp\.[01]\.)"),
+    "zegclip": Family(ZEGCLIP),
+    # Queries start at 0, so at first they have nothing to say to each other.
+    "zsseg": Family(ZSSEG, cell=32, stride=4, side=64, silent=r"layers\.0\.(self_attn\..*weight|norm1\.weight)"),
+    "castformer": Family(CASTFORMER, cell=16, stride=4, least=32, side=64),
     "rsseg": Family(LEVELS | {"layers": 2, "dim": 32}),
     "rsseg_pyramid": Family(PYRAMID | {"layers": 2, "dim": 32}, cell=32, side=64),
     "setr_hlg": Family(
@@ -74,7 +101,9 @@ KINDS = [
     "segvit_vit_tiny", "segvit_shrunk_vit_tiny", "segmenter_vit_tiny", "segmenter_linear_vit_base",
     "setr_naive_vit_tiny", "setr_pup_tiny", "setr_mla_vit_tiny", "setr_hlg_tiny",
     "lraspp", "unet", "pspnet", "segformer", "dpt", "semantic_fpn_pvt_tiny", "semantic_fpn_pvt_v2_b0", "ftn_tiny",
-    "ddrnet_23_slim", "rsseg_vit_tiny", "duat_pvt_v2_b2",
+    "ddrnet_23_slim", "rsseg_vit_tiny", "duat_pvt_v2_b2", "denseclip", "denseclip_resnet50", "denseclip_vit_base",
+    "zegclip_vit_base",
+    "castformer_r50", "zsseg_resnet50",
 ]  # fmt: skip
 
 
@@ -150,11 +179,11 @@ def test_gradients_reach_every_parameter(name: str) -> None:
     torch.stack(list(terms.values())).sum().backward()
     missing = [key for key, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert not missing
-    zero = [key for key, p in model.named_parameters() if p.grad.abs().max() == 0]
+    zero = [key for key, p in model.named_parameters() if p.requires_grad and p.grad.abs().max() == 0]
     zero = [key for key in zero if not re.search(family(name).silent, key)]
     dropped = {"backbone.cls_token"} if vars(trunk(model)).get("prefix_tokens") == "drop" else set()
     assert set(zero) == dropped
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -192,7 +221,8 @@ def test_pixels_that_are_all_ignored(name: str) -> None:
     torch.stack(list(terms.values())).sum().backward()
     assert all(torch.isfinite(value) for value in terms.values())
     assert all(value == 0 for key, value in terms.items() if "mask" in key or "dice" in key)
-    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+    trained = [p.grad for p in model.parameters() if p.requires_grad]
+    assert all(gradient is not None and torch.isfinite(gradient).all() for gradient in trained)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -261,7 +291,7 @@ def test_bf16(name: str) -> None:
     terms = losses(name, out, masks)
     assert all(value.dtype == torch.float32 and torch.isfinite(value) for value in terms.values())
     torch.stack(list(terms.values())).sum().backward()
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
     with torch.no_grad():
         full = model.eval()(images)
         with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -15,7 +15,7 @@ from segvit.contracts import Dense, UserError
 from segvit.model_folder import load_state
 from segvit.nn.flops import count_parameters
 from segvit.systems import semantic_fpn
-from segvit.systems.semantic_fpn import FPNHead, SemanticFPN, convert, criterion, normalisers
+from segvit.systems.semantic_fpn import SemanticFPN, convert, criterion, normalisers
 from segvit.zoo import MODELS, build_network
 from tests.backbones.test_pyramid import official_pvt_v2, randomised
 from tests.counting import fvcore_gmacs, gmacs
@@ -68,19 +68,6 @@ def test_pvt_covers_the_image_as_it_is() -> None:
     assert out.logits.shape == (1, K, 12, 20)
     full = F.interpolate(out.logits, size=(50, 83), mode="bilinear", align_corners=False)
     torch.testing.assert_close(semantic_fpn.READOUT(out, (50, 83), range(50)), full, atol=1e-6, rtol=1e-5)
-
-
-@torch.no_grad()
-def test_levels_are_doubled_in_steps(seeded: torch.Generator) -> None:
-    head = FPNHead(8, 6, strides=(4, 8, 16), num_classes=K).eval()
-    assert [len(scale) for scale in head.scales] == [3, 4, 8]
-    levels = [torch.randn(1, 8, 10, 14), torch.randn(1, 8, 5, 7), torch.randn(1, 8, 2, 3)]  # 4 times 2 misses 10 by 2
-    conv, norm, act = head.scales[0]
-    total = act(norm(conv(levels[0]))) + head.scales[1](levels[1])
-    last = head.scales[2](levels[2])
-    assert last.shape[-2:] == (8, 12)
-    total = total + F.interpolate(last, size=(10, 14), mode="bilinear", align_corners=False)
-    torch.testing.assert_close(head(levels), head.classify(total))
 
 
 def test_losses_are_means_over_all_pixels(seeded: torch.Generator) -> None:
