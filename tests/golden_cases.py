@@ -25,12 +25,14 @@ from segvit.engine.schedule import learning_rate
 from segvit.systems import segmenter, segvit
 from tests.golden.run import Case
 from tests.golden_castformer import CASTFORMER
+from tests.golden_cavpt import CAVPT
 from tests.golden_clip import CLIP
 from tests.golden_conv_adapter import CONV_ADAPTER
 from tests.golden_ddrnet import DDRNET
 from tests.golden_denseclip import DENSECLIP
 from tests.golden_duat import DUAT
 from tests.golden_few_shot import FEW_SHOT
+from tests.golden_frpt import FRPT
 from tests.golden_ftn import FTN
 from tests.golden_hlg import HLG
 from tests.golden_medical import MEDICAL
@@ -243,12 +245,14 @@ BUILDERS: dict[tuple[str, str], Callable[[Case], dict[str, Tensor]]] = {
     ("segvit", "trajectory_shrunk"): trajectory,
     ("segmenter", "mask_transformer"): mask_transformer,
     **CASTFORMER,
+    **CAVPT,
     **CLIP,
     **CONV_ADAPTER,
     **DDRNET,
     **DENSECLIP,
     **DUAT,
     **FEW_SHOT,
+    **FRPT,
     **FTN,
     **HLG,
     **MEDICAL,

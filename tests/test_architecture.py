@@ -74,7 +74,7 @@ LONG_FILE_LINES = 500
 DUPLICATE_SHARE, DUPLICATE_MIN_LINES = 0.01, 6
 CLOSURE_FILES, CLOSURE_LINES = 14, 2200
 LONG_CLOSURES = dict.fromkeys(  # path in the package -> why its reader may have to open up to LONG_CLOSURE_FILES
-    ("systems/zegclip.py", "systems/denseclip.py", "systems/zsseg.py"),
+    ("systems/zegclip.py", "systems/denseclip.py", "systems/zsseg.py", "systems/dpt_clip.py"),
     "an image tower, a text tower and their checkpoints come before the system itself",
 )
 LONG_CLOSURE_FILES, LONG_CLOSURE_LINES = 26, 3400

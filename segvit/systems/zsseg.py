@@ -16,6 +16,7 @@ Shapes    B images, Q queries, V valid ones, K classes, E joint channels, H W pi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -78,7 +79,8 @@ class RegionClassifier(nn.Module):
 
 def cosine_logits(embeddings: Tensor, text: Tensor) -> Tensor:
     """100 times the cosine of embeddings (..., E) with unit vectors (K, E): (..., K), never in half precision."""
-    with torch.autocast(embeddings.device.type, enabled=False):
+    # What only counts operations (the meta device) knows no autocast.
+    with nullcontext() if embeddings.is_meta else torch.autocast(embeddings.device.type, enabled=False):
         wide = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
         return SCALE * F.normalize(wide, dim=-1) @ text.to(wide.dtype).mT
 
@@ -159,7 +161,8 @@ class ZSSeg(nn.Module):
         for index in range(len(outputs) - 1):
             extras |= {f"aux{index}_class_logits": logits[index], f"aux{index}_masks": masks[index]}
         scores = logits[-1].softmax(-1)[..., :-1].to(masks[-1].dtype)
-        if self.regions is not None and not self.training:
+        # What CLIP costs depends on the masks' values, which the meta device has not: a count leaves it out.
+        if self.regions is not None and not self.training and not images.is_meta:
             scores = self.named(images, scores, masks[-1], self.regions, covers=features.covers)
         mixed = mix_masks(scores, masks[-1].sigmoid())
         extras |= {"scores": scores, "seen": self.get_buffer("seen").expand(len(images), -1)}

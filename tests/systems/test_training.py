@@ -75,6 +75,16 @@ CASES = [
     ),
     Case("ddrnet_23_slim", {"planes": 16, "spp_planes": 32, "head_planes": 32}, 0.64, steps=600, lr=3e-3),
     Case("unet", {"backbone": "resnet18", "decoder": {"decoder_channels": [64, 32, 16, 16, 8]}}, 0.63, steps=250),
+    Case("fpn", {"backbone": "resnet18"}, 0.75),
+    Case("pspnet", {"backbone": "resnet18"}, 0.75),
+    Case("deeplabv3_plus", {"backbone": "resnet18"}, 0.75),
+    Case("lraspp", {}, 0.55),
+    Case("segformer", {"backbone": "resnet18"}, 0.75, steps=250),
+    Case("upernet", {"backbone": "resnet18", "decoder": {"decoder_channels": 64}}, 0.72, steps=250),
+    Case(
+        "unet_plus_plus", {"backbone": "resnet18", "decoder": {"decoder_channels": [64, 32, 32, 16, 16]}}, 0.70,
+        steps=200,
+    ),
     # Slower from nothing: its queries must find their own places first, which pretrained position embeddings tell.
     Case(
         "segvit_shrunk_vit_tiny",

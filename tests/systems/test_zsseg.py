@@ -120,8 +120,8 @@ def test_trained_parameters_of_the_original(build: Any, millions: float) -> None
 @pytest.mark.slow
 def test_it_learns_two_halves() -> None:
     model = tiny(regions=False, num_classes=2).train()
-    images = torch.zeros(2, 3, 32, 32)
-    images[..., 16:] = 1
+    images = torch.zeros(2, 3, 64, 64)
+    images[..., 32:] = 1
     masks = (images[:, 0] > 0).to(torch.uint8)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     for _ in range(60):
@@ -132,5 +132,5 @@ def test_it_learns_two_halves() -> None:
         optimizer.step()
     with torch.no_grad():
         out = model(images)
-        found = zsseg.READOUT(out, (32, 32), range(32)).argmax(1)
+        found = zsseg.READOUT(out, (64, 64), range(64)).argmax(1)
     assert (found == masks).float().mean() > 0.95
