@@ -79,6 +79,16 @@ CASES = [
     Case("pspnet", {"backbone": "resnet18"}, 0.75),
     Case("deeplabv3_plus", {"backbone": "resnet18"}, 0.75),
     Case("lraspp", {}, 0.55),
+    Case("fcn", {}, 0.52, steps=260),
+    Case("deeplabv3", {"backbone": "resnet18"}, 0.51, steps=150),
+    Case(
+        "dpt",
+        {
+            "backbone": "vit_tiny_patch16_224", "image_size": 64,
+            "decoder": {"decoder_intermediate_channels": [32, 32, 64, 64], "decoder_fusion_channels": 32},
+        },
+        0.53, steps=900,
+    ),
     Case("segformer", {"backbone": "resnet18"}, 0.75, steps=250),
     Case("upernet", {"backbone": "resnet18", "decoder": {"decoder_channels": 64}}, 0.72, steps=250),
     Case(
