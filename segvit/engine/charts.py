@@ -198,7 +198,7 @@ def label(value: float, unit: str = "", *, exact: bool = False) -> str:
     if value and abs(value) < 1e-2:
         mantissa, power = f"{value:.3g}", math.floor(math.log10(abs(value)))
         return mantissa if power >= -2 else f"{value / 10.0**power:.3g}e{power}"
-    return f"{value:.4g}"
+    return grouped(value) if abs(value) >= 10_000 else f"{value:.4g}"
 
 
 def grouped(number: Any) -> str:

@@ -139,7 +139,7 @@ def write_comparison(folder: Path, rows: Sequence[Row], facts: dict[str, Any], v
     sections = [
         f"<p>{escape(caption(facts))}</p>", page.table(head(view), linked),
         f'<div class="grid">{"".join(charts)}</div>' if done else "",
-        f"<p>{note}</p>" if done else "",
+        f"<p>{note}</p>" if len(done) > 1 else "",
     ]  # fmt: skip
     page.write_page(folder / "index.html", f"{len(rows)} {view.what} on {facts['data']}", sections)
 

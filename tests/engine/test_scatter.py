@@ -51,3 +51,10 @@ def test_the_front() -> None:
 @pytest.mark.parametrize(("low", "high", "expected"), [(0.9, 11, [1, 2, 5, 10]), (0.05, 2000, [0.1, 1, 10, 100, 1000])])
 def test_round_costs(low: float, high: float, expected: list[float]) -> None:
     assert round_costs(low, high) == pytest.approx(expected)
+
+
+def test_large_costs_are_written_out() -> None:
+    figure = scatter("t", [Point("a", 903, 0.4), Point("b", 827_399, 0.5)], unit="parameters")
+    assert ">10&#8239;000<" in figure
+    assert "b: 50.00 % at 827&#8239;399 parameters" in figure
+    assert "e+" not in figure

@@ -79,15 +79,15 @@ CASES = [
     Case("pspnet", {"backbone": "resnet18"}, 0.75),
     Case("deeplabv3_plus", {"backbone": "resnet18"}, 0.75),
     Case("lraspp", {}, 0.55),
-    Case("fcn", {}, 0.52, steps=260),
-    Case("deeplabv3", {"backbone": "resnet18"}, 0.51, steps=150),
+    Case("fcn", {}, 0.55, steps=400),
+    Case("deeplabv3", {"backbone": "resnet18"}, 0.60, steps=300),
     Case(
         "dpt",
         {
             "backbone": "vit_tiny_patch16_224", "image_size": 64,
             "decoder": {"decoder_intermediate_channels": [32, 32, 64, 64], "decoder_fusion_channels": 32},
         },
-        0.53, steps=900,
+        0.55, steps=1500,
     ),
     Case("segformer", {"backbone": "resnet18"}, 0.75, steps=250),
     Case("upernet", {"backbone": "resnet18", "decoder": {"decoder_channels": 64}}, 0.72, steps=250),
@@ -102,7 +102,7 @@ CASES = [
             "patch_size": 8, "depth": 4, "embed_dim": 128, "out_indices": [1, 3], "shrink_at": 2, "layers": 2,
             "heads": 4, "dim": 128, "dropout": 0.0,
         },
-        0.52, steps=1500, lr=1e-3, loss={"dice_weight": 5.0, "alpha": 0.5}, batch=16,
+        0.55, steps=2500, lr=1e-3, loss={"dice_weight": 5.0, "alpha": 0.5}, batch=16,
     ),
 ]  # fmt: skip
 
@@ -116,7 +116,7 @@ def test_the_baseline_is_what_colour_tells() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 def test_training(case: Case, tmp_path: Path) -> None:
-    assert case.miou > BASELINE
+    assert case.miou >= BASELINE + 0.05
     result = train(
         Experiment(
             data=DATA, out=str(tmp_path / "run"), model=case.name, options=case.options, steps=case.steps,

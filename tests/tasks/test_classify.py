@@ -232,7 +232,7 @@ def test_it_learns(tmp_path: Path) -> None:
     data = write_folder(tmp_path / "images", train=40, val=10)
     options = TINY | {"drop_path": 0.0}
     whole = run(
-        data, tmp_path / "run", options=options, steps=200, batch_size=16, checkpoint_every=200,
+        data, tmp_path / "run", options=options, steps=600, batch_size=16, checkpoint_every=600,
         optim=Optim(lr=1e-3, weight_decay=0.05, lr_mult={}, clip=5.0), schedule=Schedule(kind="cosine", warmup=20),
     )  # fmt: skip
-    assert classify.train_classifier(whole)["top1"] > 0.5  # 0.68 when written, 0.17 by chance
+    assert classify.train_classifier(whole)["top1"] > 0.7  # 0.17 by chance

@@ -51,7 +51,7 @@ def stopped_at(step, folder, monkeypatch, **more):
             train(experiment(folder, **settings(**more)))
 
 
-def finish_like(folder, whole, **more):
+def assert_finishes_like(folder, whole, **more):
     train(experiment(folder, **settings(resume=True, **more)))
     assert (folder / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
     assert steps(folder) == steps(whole)
@@ -62,7 +62,7 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(tmp_path, whole,
     assert read_state(tmp_path / "run" / PREVIOUS)["step"] == 4
     content = (tmp_path / "run" / LAST).read_bytes()
     (tmp_path / "run" / LAST).write_bytes(content[: len(content) // 2])
-    finish_like(tmp_path / "run", whole)
+    assert_finishes_like(tmp_path / "run", whole)
     said = (tmp_path / "run" / "train.log").read_text()
     assert "damaged" in said
     assert "previous/state.pt instead" in said
@@ -72,7 +72,8 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(tmp_path, whole,
 def test_a_kill_between_two_renames_loses_one_save_only(tmp_path, whole, monkeypatch):
     stopped_at(6, tmp_path / "run", monkeypatch)
     (tmp_path / "run" / LAST).rename(tmp_path / "run" / f"{LAST}.new")  # the moment before it took its name
-    finish_like(tmp_path / "run", whole)
+    assert_finishes_like(tmp_path / "run", whole)
+    assert "resumed at step 4" in (tmp_path / "run" / "train.log").read_text()
 
 
 def test_all_checkpoints_damaged_is_one_line(tmp_path, monkeypatch):
@@ -100,7 +101,7 @@ def test_a_signal_saves_and_stops_and_the_run_goes_on(number, tmp_path, whole, m
     assert read_state(tmp_path / "run" / LAST)["step"] == 3
     assert "stopped at step 3 as asked; everything is saved" in (tmp_path / "run" / "train.log").read_text()
     assert signal.getsignal(number) == handler
-    finish_like(tmp_path / "run", whole)
+    assert_finishes_like(tmp_path / "run", whole)
 
 
 def test_in_a_thread_signals_are_left_alone(tmp_path):

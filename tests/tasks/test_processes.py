@@ -38,7 +38,7 @@ def one(tmp_path_factory):
     return folder
 
 
-def agree(folder, one):
+def assert_agree(folder, one):
     """Losses to 1e-5, gradient norms, and the integers of the confusion matrix but for labels on an edge."""
     ours, theirs = steps(folder), steps(one)
     assert [row["step"] for row in ours] == [row["step"] for row in theirs] == list(range(1, 21))
@@ -57,7 +57,20 @@ def agree(folder, one):
 def test_two_processes_are_one_also_with_accumulation(tmp_path, one):
     recipe = write_recipe(tmp_path / "recipe.yaml", **LONG)
     launched(tmp_path / "run", "--accumulate", 2, recipe=recipe)
-    agree(tmp_path / "run", one)
+    assert_agree(tmp_path / "run", one)
+
+
+def test_the_same_weights_give_the_same_confusion_matrix(tmp_path, one):
+    """A learning rate of 0 keeps the weights of `one`, so that only the counting differs: not one pixel may."""
+    options = {"steps": 2, "init": str(one / "model"), "optim": {"lr": 0.0}, "val_every": 1, "options": STILL}
+    recipe = write_recipe(tmp_path / "recipe.yaml", **options)
+    launched(tmp_path / "two", recipe=recipe)
+    main(["train", "--config", str(recipe), "--out", str(tmp_path / "alone")])
+    two, alone, before = (
+        json.loads((run / "val.json").read_text()) for run in (tmp_path / "two", tmp_path / "alone", one)
+    )
+    assert two["confusion"] == alone["confusion"] == before["confusion"]
+    assert np.count_nonzero(np.sum(two["confusion"], axis=0)) > 1  # several classes are predicted
 
 
 def test_sharded_weights_give_whole_files_and_resume(tmp_path, one):
@@ -92,7 +105,7 @@ def test_two_nodes_are_one_too(tmp_path, one):
     for node in nodes:
         _, said = node.communicate(timeout=300)
         assert node.returncode == 0, said[-3000:]
-    agree(tmp_path / "run", one)
+    assert_agree(tmp_path / "run", one)
 
 
 def test_sharding_needs_company(tmp_path, capsys):
