@@ -21,15 +21,18 @@ if TYPE_CHECKING:
     from segvit.data.dataset import open_dataset
     from segvit.data.transforms import Augment
     from segvit.engine.settings import Optim, Schedule
+    from segvit.export.build import Plan as ExportPlan
+    from segvit.export.build import export_model
+    from segvit.export.engines import load
     from segvit.inference.prediction import Prediction
     from segvit.inference.predictor import Predictor, Views
-    from segvit.model_folder import load_model as load
     from segvit.model_folder import save_model as save
     from segvit.tasks.data_check import examine as check_data
     from segvit.tasks.dense import evaluate_model as evaluate
     from segvit.tasks.dense import train
     from segvit.tasks.experiment import Experiment, Input
     from segvit.tasks.multi_task import load_tasks
+    from segvit.tasks.open_vocabulary import freeze_classes, set_classes
     from segvit.zoo import MODELS, create_model
 
 _WHERE = {
@@ -38,6 +41,7 @@ _WHERE = {
     "Dense": "segvit.contracts:Dense",
     "Experiment": "segvit.tasks.experiment:Experiment",
     "Input": "segvit.tasks.experiment:Input",
+    "ExportPlan": "segvit.export.build:Plan",
     "InputSpec": "segvit.contracts:InputSpec",
     "MODELS": "segvit.zoo:MODELS",
     "Optim": "segvit.engine.settings:Optim",
@@ -49,10 +53,13 @@ _WHERE = {
     "check_data": "segvit.tasks.data_check:examine",
     "create_model": "segvit.zoo:create_model",
     "evaluate": "segvit.tasks.dense:evaluate_model",
-    "load": "segvit.model_folder:load_model",
+    "freeze_classes": "segvit.tasks.open_vocabulary:freeze_classes",
+    "export_model": "segvit.export.build:export_model",
+    "load": "segvit.export.engines:load",
     "load_tasks": "segvit.tasks.multi_task:load_tasks",
     "open_dataset": "segvit.data.dataset:open_dataset",
     "save": "segvit.model_folder:save_model",
+    "set_classes": "segvit.tasks.open_vocabulary:set_classes",
     "train": "segvit.tasks.dense:train",
 }
 
@@ -62,6 +69,7 @@ __all__ = [
     "Classes",
     "Dense",
     "Experiment",
+    "ExportPlan",
     "Input",
     "InputSpec",
     "Optim",
@@ -73,10 +81,13 @@ __all__ = [
     "check_data",
     "create_model",
     "evaluate",
+    "export_model",
+    "freeze_classes",
     "load",
     "load_tasks",
     "open_dataset",
     "save",
+    "set_classes",
     "train",
 ]
 

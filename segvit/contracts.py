@@ -38,16 +38,26 @@ class Dense(NamedTuple):
     covers: Size  # input area that the grid of `logits` spans; the readout interpolates over it and crops
 
 
+class MaskScores(NamedTuple):
+    """Class scores that are sums of masks: weights.T @ sigmoid(masks, resized over `covers`) - offset."""
+
+    masks: Tensor  # (B, Q, h, w) logits
+    weights: Tensor | None = None  # (B, Q, K) not negative; None = query k is class k
+    offset: Tensor | None = None  # (B, K)
+
+
 class Readout(NamedTuple):
     """How a system turns its output into class scores for a band of pixel rows.
 
-    `scores(out, size, rows)` gives (B, K, len(rows), W) for the network's input size (H, W).
+    `scores(out, size, rows)` gives (B, K, len(rows), W) for the network's input size (H, W). Where these are sums of
+    masks, `masks` says of which, so that classes that cannot win need not be computed (`inference.readout`).
     """
 
     scores: Callable[[Dense, Size, range], Tensor]
     keeps: tuple[str, ...] = ()  # the extras that `scores` reads; inference drops all others
     # How sure the winner is: its softmax, or its share of all scores where those are sums of probabilities already.
     confidence: Literal["softmax", "share"] = "softmax"
+    masks: Callable[[Dense], MaskScores | None] | None = None  # None, or giving None: the scores are something else
 
     def __call__(self, out: Dense, size: Size, rows: range) -> Tensor:
         return self.scores(out, size, rows)
@@ -173,7 +183,8 @@ class ModelConfig:
     """What `config.json` says of a model: the builder, its keywords and the class table.
 
     `adapter` holds `method` and `options` of the tuning method that is attached; `added` names the tensors, such as a
-    bias, that a merged adapter gave to layers which the builder makes without.
+    bias, that a merged adapter gave to layers which the builder makes without. `words` is where a model that knows
+    words has them from, see `segvit.tasks.open_vocabulary`.
     """
 
     name: str
@@ -181,12 +192,14 @@ class ModelConfig:
     classes: Classes
     adapter: dict[str, Any] | None = None
     added: tuple[str, ...] = ()
+    words: dict[str, Any] | None = None
 
     def to_json(self, version: str) -> dict[str, Any]:
         """The content of `config.json`."""
         names = self.classes.names
         tuned: dict[str, Any] = {"adapter": self.adapter} if self.adapter else {}
         tuned |= {"added": list(self.added)} if self.added else {}
+        tuned |= {"words": self.words} if self.words else {}
         return {
             "model_type": "segvit", "name": self.name, "options": self.options, "num_labels": len(names),
             "id2label": {str(i): name for i, name in enumerate(names)},
@@ -202,7 +215,7 @@ class ModelConfig:
         palette = tuple((int(r), int(g), int(b)) for r, g, b in data["palette"])
         return ModelConfig(
             name=data["name"], options=data["options"], classes=Classes(names, palette), adapter=data.get("adapter"),
-            added=tuple(data.get("added", ())),
+            added=tuple(data.get("added", ())), words=data.get("words"),
         )  # fmt: skip
 
 

@@ -62,7 +62,7 @@ def load_model(
     for name in config.added:
         owner, _, leaf = name.rpartition(".")
         model.get_submodule(owner).register_parameter(leaf, nn.Parameter(torch.empty_like(state[name])))
-    model.config = replace(model.config, added=config.added)
+    model.config = replace(model.config, added=config.added, words=config.words)
     if config.adapter is not None:
         adapt(model, config.adapter["method"], **config.adapter["options"])
     load_state(model, state, source=str(folder))

@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from torch import Tensor, nn
@@ -24,7 +25,9 @@ from segvit.systems import (
     classifier,
     ddrnet,
     denseclip,
+    dpt_clip,
     duat,
+    frpt,
     ftn,
     rsseg,
     segmenter,
@@ -40,7 +43,7 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
-SOURCES = ("weights", "text_weights")  # options that say where the first weights come from
+SOURCES = ("weights", "text_weights", "vectors")  # options that say where the first weights come from
 
 
 class System(NamedTuple):
@@ -51,7 +54,7 @@ class System(NamedTuple):
     normalisers: Callable[..., dict[str, Tensor]]  # (masks, *, num_classes, ignore_index) -> sums over the batch
     readout: Readout
     convert: Callable[[dict[str, Tensor]], dict[str, Tensor]]  # official state dict -> ours
-    task: Literal["dense", "classify"] = "dense"
+    task: Literal["dense", "classify", "retrieve"] = "dense"
 
 
 def _segvit(build: Callable[..., nn.Module]) -> System:
@@ -111,6 +114,15 @@ def _classic(build: Callable[..., nn.Module]) -> System:
 def _classifier(build: Callable[..., nn.Module]) -> System:
     parts = classifier
     return System(build, parts.criterion, parts.normalisers, parts.READOUT, parts.convert, task="classify")
+
+
+def _dpt_clip(build: Callable[..., nn.Module]) -> System:
+    parts = dpt_clip
+    return System(build, parts.criterion, parts.normalisers, parts.READOUT, parts.convert, task="classify")
+
+
+def _frpt(build: Callable[..., nn.Module]) -> System:
+    return System(build, frpt.criterion, frpt.normalisers, frpt.READOUT, frpt.convert, task="retrieve")
 
 
 MODELS: dict[str, System] = {
@@ -200,12 +212,22 @@ CLASSIFIERS: dict[str, System] = {  # apart from the dense models, which every o
     "classifier_resnet50": _classifier(classifier.classifier_resnet50),
     "classifier_convnext_base": _classifier(classifier.classifier_convnext_base),
     "classifier_swin_base": _classifier(classifier.classifier_swin_base),
+    "dpt_clip_vit_base": _dpt_clip(dpt_clip.dpt_clip_vit_base),
+    "dpt_clip_vit_base_patch32": _dpt_clip(dpt_clip.dpt_clip_vit_base_patch32),
+}
+
+RETRIEVERS: dict[str, System] = {  # apart too; trained on some classes to tell others apart
+    "frpt": _frpt(frpt.frpt),
+    "frpt_resnet50": _frpt(frpt.frpt_resnet50),
+    "frpt_resnet101": _frpt(frpt.frpt_resnet101),
+    "frpt_released_resnet50": _frpt(frpt.frpt_released_resnet50),
+    "frpt_released_resnet101": _frpt(frpt.frpt_released_resnet101),
 }
 
 
 def find_system(name: str) -> System:
     """The system of that name. Raises UserError with the nearest names for an unknown one."""
-    known = MODELS | CLASSIFIERS
+    known = MODELS | CLASSIFIERS | RETRIEVERS
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
         raise UserError(f"unknown model {name!r}; did you mean {', '.join(near) or 'one of segvit models list'}?")
@@ -254,13 +276,16 @@ def create_model(
         classes = numbered_classes(num_classes)
     elif num_classes not in (None, len(classes)):
         raise UserError(f"num_classes is {num_classes} but the class table has {len(classes)} entries; leave one out")
-    takes_words = "class_names" in inspect.signature(find_system(name).build).parameters
-    words = {"class_names": classes.names} if takes_words else {}
+    accepted = inspect.signature(find_system(name).build).parameters
+    words = {"class_names": classes.names} if "class_names" in accepted else {}
     network = build_network(name, num_classes=len(classes), **(words | options))
     model = cast("Model", network)
     # What the options were built from is not needed to build them again: weights come with the model.
     kept = json.loads(json.dumps({key: value for key, value in options.items() if key not in SOURCES}))
     model.config = ModelConfig(name=name, options=kept, classes=classes)
+    source = options.get("text_weights" if "text_weights" in accepted else "weights")
+    if words and source is not None:  # but other words need the text tower again
+        model.config = replace(model.config, words={"weights": find_again(source)})
     model.classes, model.readout = classes, find_system(name).readout
     levels = cast(Any, dict(network.named_children()).get("backbone", network))
     default = InputSpec(mean=levels.mean, std=levels.std)
@@ -269,6 +294,18 @@ def create_model(
     if adapter is not None:
         adapt(model, adapter, **(adapter_options or {}))
     return model
+
+
+def builder_options(config: ModelConfig) -> dict[str, Any]:
+    """All options that a model was built with, defaults included."""
+    accepted = inspect.signature(find_system(config.name).build).parameters
+    return {name: option.default for name, option in accepted.items()} | config.options
+
+
+def find_again(source: str) -> str:
+    """Where weights are: a file as an absolute path, so that it is found from anywhere; a tag as it is."""
+    path = Path(source).expanduser()
+    return str(path.resolve()) if path.exists() else source
 
 
 def adapt(model: Model, method: str, **options: Any) -> None:

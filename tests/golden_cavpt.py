@@ -40,10 +40,10 @@ def text_options(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_part(module: nn.Module, state: dict[str, Tensor], prefix: str) -> None:
-    """Every key of a part used and none missing, besides the token table that the cases do not store."""
+    """Every key of a part used and none missing, besides our count of steps and the token table (not stored)."""
     own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     missing, unexpected = module.load_state_dict(own, strict=False)
-    assert {*missing} <= {"token_embedding.weight", "text.token_embedding.weight"}, missing
+    assert {*missing} <= {"token_embedding.weight", "text.token_embedding.weight", "steps"}, missing
     assert not unexpected, unexpected
 
 
@@ -113,7 +113,7 @@ def full_model(case: Case) -> dict[str, Tensor]:
     outputs: dict[str, Tensor] = {}
     for phase, epoch in (("early", general - 1), ("late", general)):
         model.zero_grad()
-        out = model(case.inputs["image"])
+        out = model.outputs(case.inputs["image"])
         terms = dpt_clip.losses(out, labels, epoch=epoch, general_epochs=general, class_weight=config["alpha"])
         loss = torch.stack(list(terms.values())).sum()
         loss.backward()

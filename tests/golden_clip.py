@@ -46,8 +46,17 @@ def vit_of(config: dict[str, Any], weights: dict[str, Tensor], **options: Any) -
         ),
         image_size=(side, side), **options,
     )  # fmt: skip
-    vit.load_state_dict(convert_vision(weights, vit))
+    own = convert_vision(weights, vit)
+    if not config.get("get_embeddings", True):  # then the original has no way to the joint space
+        own = {key: value for key, value in vit.state_dict().items() if key.startswith("embedding.")} | own
+    vit.load_state_dict(own)
     return vit.eval()
+
+
+def whole_patches(vit: PlainViT, image: Tensor) -> Tensor:
+    """What the originals' patch convolution sees: it leaves out what fills no patch, where we add zeros."""
+    height, width = (side // patch * patch for side, patch in zip(image.shape[-2:], vit.patch, strict=True))
+    return image[..., :height, :width]
 
 
 def resnet_of(config: dict[str, Any], weights: dict[str, Tensor]) -> ClipResNet:
@@ -58,7 +67,7 @@ def resnet_of(config: dict[str, Any], weights: dict[str, Tensor]) -> ClipResNet:
             width=config["width"], layers=tuple(config["layers"]), heads=config.get("attnpool_heads", 32),
             embed_dim=config["output_dim"], image_size=side,
         ),
-        image_size=(side, side),
+        image_size=(side, side), padded=False,
     )  # fmt: skip
     resnet.load_state_dict(convert_vision(weights, resnet))
     return resnet.eval()
@@ -112,7 +121,7 @@ def zegclip_plain_encoder(case: Case) -> dict[str, Tensor]:
     vit = vit_of(
         config, case.weights, out_indices=out_indices, position_mode="bilinear", doubled_class=True
     )  # fmt: skip
-    features = vit(case.inputs["image"])
+    features = vit(whole_patches(vit, case.inputs["image"]))
     maps = features.maps
     if config["get_embeddings"] and len(out_indices) == 1:
         maps = [F.normalize(features.extras["dense"], dim=1)]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from segvit.backbones.clip import ClipResNet, clip_vit
 from segvit.backbones.vit import PlainViT
@@ -17,7 +17,7 @@ from segvit.systems.denseclip import ContextDecoder, DenseCLIP, Levels, PostMode
 from segvit.text.architecture import VisionConfig
 from segvit.text.tokenize import tokenize
 from tests.golden.run import Case
-from tests.golden_clip import text_of
+from tests.golden_clip import text_of, whole_patches
 from tests.golden_mmseg import in_bands, numbered
 
 HEADS = 32  # of the attention pool, whatever its width
@@ -77,6 +77,7 @@ def backbone_of(config: dict[str, Any]) -> tuple[ClipResNet | PlainViT, Levels |
         resnet = ClipResNet(
             VisionConfig(layers=tuple(config["layers"]), heads=config.get("attnpool_heads", HEADS), **common),
             image_size=(side, side),
+            padded=False,
         )
         return resnet, None, list(resnet.dims)
     layers, wanted = config["layers"], config.get("out_indices", [3, 5, 7, 11])
@@ -88,7 +89,8 @@ def backbone_of(config: dict[str, Any]) -> tuple[ClipResNet | PlainViT, Levels |
         vision, image_size=(side, side), out_indices=blocks, position_mode="bilinear", doubled_class=True,
         drop_path=config.get("drop_path_rate", 0.0),
     )  # fmt: skip
-    return vit, Levels(width, [blocks.index(index) for index in wanted]), [width] * 4
+    places = [blocks.index(index) for index in wanted]
+    return vit, Levels(width, places, fine=vision.patch_size == 8), [width] * 4
 
 
 def model_of(config: dict[str, Any], weights: dict[str, Tensor]) -> DenseCLIP:
@@ -106,15 +108,21 @@ def model_of(config: dict[str, Any], weights: dict[str, Tensor]) -> DenseCLIP:
     return model.eval()
 
 
+def run(model: DenseCLIP, image: Tensor) -> Dense:
+    """A ViT sees whole patches only, as the original does; what comes of them covers the image."""
+    seen = whole_patches(model.backbone, image) if isinstance(model.backbone, PlainViT) else image
+    return model(seen)._replace(covers=(image.shape[-2], image.shape[-1]))
+
+
 class SlidingRuntime:
     """The model with the case's windows."""
 
-    def __init__(self, model: nn.Module, config: dict[str, Any]) -> None:
+    def __init__(self, model: DenseCLIP, config: dict[str, Any]) -> None:
         self.model, self.readout, self.classes = model, denseclip.READOUT, numbered(config["num_classes"])
         self.spec = InputSpec(window=tuple(config["crop"]), stride=tuple(config["stride"]))
 
     def __call__(self, images: Tensor) -> Dense:
-        return self.model(images)
+        return run(self.model, images)
 
 
 def model_scores(out: Dense, size: tuple[int, int]) -> Tensor:
@@ -144,7 +152,7 @@ def post_model(case: Case) -> dict[str, Tensor]:
     model, size = model_of(config, case.weights), (image.shape[-2], image.shape[-1])
     seen: dict[str, Any] = {}
     model.fpn.register_forward_hook(lambda module, args, out: seen.update(maps=args[0], levels=out))
-    out = model(image)
+    out = run(model, image)
     assert isinstance(model.prompting, PostModel)
     outputs = {
         "tokens": model.prompting.words.get_buffer("tokens"), "score_map": out.extras["score_map"],

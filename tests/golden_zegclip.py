@@ -18,15 +18,17 @@ from segvit.systems import zegclip
 from segvit.text.architecture import VisionConfig
 from segvit.text.embeddings import class_embeddings
 from tests.golden.run import Case
-from tests.golden_clip import text_of
+from tests.golden_clip import text_of, whole_patches
 
 IGNORE = 255
 
 
 def load(module: nn.Module, state: dict[str, Tensor], prefix: str) -> None:
     """The part of an official state dict that becomes `prefix`, every key used and none missing."""
-    converted = zegclip.convert(state)
-    module.load_state_dict({k.removeprefix(prefix): v for k, v in converted.items() if k.startswith(prefix)})
+    own = {k.removeprefix(prefix): v for k, v in zegclip.convert(state).items() if k.startswith(prefix)}
+    if not any(key.startswith("embedding.joint.") for key in own):  # an encoder without the joint space
+        own = {k: v for k, v in module.state_dict().items() if k.startswith("embedding.joint.")} | own
+    module.load_state_dict(own)
 
 
 def prompted_vit(config: dict[str, Any], weights: dict[str, Tensor], out_indices: Sequence[int] = (-1,)) -> PlainViT:
@@ -60,7 +62,8 @@ def prefixed(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def vpt_encoder(case: Case) -> dict[str, Tensor]:
     config, wanted = case.config, case.config["out_indices"]
     taken = sorted({*wanted, config["layers"] - 1})
-    features = prompted_vit(config, prefixed(case.weights, "backbone."), taken)(case.inputs["image"])
+    vit = prompted_vit(config, prefixed(case.weights, "backbone."), taken)
+    features = vit(whole_patches(vit, case.inputs["image"]))
     maps = [features.maps[taken.index(index)] for index in wanted]
     if config["get_embeddings"] and len(wanted) == 1:
         maps = [F.normalize(features.extras["dense"], dim=1)]
@@ -166,16 +169,21 @@ def head_losses(case: Case, *, self_training: bool) -> dict[str, Tensor]:
     }  # fmt: skip
 
 
+def run(model: zegclip.ZegCLIP, image: Tensor) -> Dense:
+    """The original sees whole patches only; what comes of them covers the image."""
+    return model(whole_patches(model.backbone, image))._replace(covers=(image.shape[-2], image.shape[-1]))
+
+
 class Runtime:
     """The model with the case's windows."""
 
-    def __init__(self, model: nn.Module, names: Sequence[str], config: dict[str, Any]) -> None:
+    def __init__(self, model: zegclip.ZegCLIP, names: Sequence[str], config: dict[str, Any]) -> None:
         self.model, self.readout = model, zegclip.READOUT
         self.classes = Classes(tuple(names), tuple((i, i, i) for i in range(len(names))))
         self.spec = InputSpec(window=tuple(config["crop"]), stride=tuple(config["stride"]))
 
     def __call__(self, images: Tensor) -> Dense:
-        return self.model(images)
+        return run(self.model, images)
 
 
 def end_to_end(case: Case) -> dict[str, Tensor]:
@@ -188,7 +196,7 @@ def end_to_end(case: Case) -> dict[str, Tensor]:
     model = zegclip.ZegCLIP(
         vit, head, words, unseen=config["novel_class"], seen_bias=0.0 if self_training else 0.1
     ).eval()  # fmt: skip
-    terms, masks, final = losses(model(inputs["image"]), inputs["labels"], config["decode_head"],
+    terms, masks, final = losses(run(model, inputs["image"]), inputs["labels"], config["decode_head"],
                                  self_training=self_training)  # fmt: skip
     (terms["loss_focal"] + terms["loss_dice"]).backward()
     weights = {key: value for key, value in case.weights.items() if not key.startswith("text_encoder.")}
@@ -199,7 +207,7 @@ def end_to_end(case: Case) -> dict[str, Tensor]:
         large = view.rows_at(rescaled, range(rescaled[0]))[None]
         whole = WindowedScores(view.run, inputs["large_image"][0]).rows(range(size[0]))[None]
         outputs = {
-            "encode_decode": full_scores(model(inputs["image"])), "slide_map": whole, "slide_map_rescaled": large,
+            "encode_decode": full_scores(run(model, inputs["image"])), "slide_map": whole, "slide_map_rescaled": large,
             "inference_softmaxed": large.softmax(1),
         }  # fmt: skip
     return outputs | {

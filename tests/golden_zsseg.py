@@ -18,6 +18,7 @@ from segvit.metrics.open_vocabulary import open_vocabulary
 from segvit.nn.mask_queries import PixelDecoder, QueryDecoder
 from segvit.nn.readout import mix_masks
 from segvit.systems import zsseg
+from segvit.tasks.pseudo_labels import pseudo_labels as unseen_labels
 from segvit.text.embeddings import class_sentences, embed_sentences
 from segvit.text.prompt import LearnedPrompt, convert_prompt
 from segvit.text.tokenize import tokenize
@@ -179,7 +180,7 @@ def region_classification(case: Case) -> dict[str, Tensor]:
 
 def pseudo_labels(case: Case) -> dict[str, Tensor]:
     config = case.config
-    labels = zsseg.pseudo_labels(
+    labels = unseen_labels(
         case.inputs["semantic_map"], case.inputs["labels"] if config["with_prior"] else None,
         seen=torch.tensor(config["trainable_flag"], dtype=torch.bool), rejected=config["num_classes"],
         least=config["reject_threshold"],

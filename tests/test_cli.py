@@ -356,7 +356,9 @@ def test_predict_a_folder_with_everything(run, photos, told, tmp_path):
     written = json.loads(told("predict", photos, "--model", run, "--out", tmp_path / "out", *flags))
     found = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     stems = ("a", "b", "below/a")
-    assert found == {f"{stem}{end}" for stem in stems for end in (".png", "_overlay.png", "_scores.npz", ".json")}
+    ends = (".png", "_overlay.png", "_scores.npz", ".json")
+    assert found == {".predict.json", *(f"{stem}{end}" for stem in stems for end in ends)}
+    found.remove(".predict.json")
     assert {path for item in written for kind, path in item.items() if kind != "image"} == {
         str(tmp_path / "out" / name) for name in found
     }
@@ -417,7 +419,7 @@ def test_predict_says_what_cannot_be_read(run, photos, refused, tmp_path):
     assert "no images in it" in refused("predict", tmp_path / "empty", "--model", run)
     assert "holds no model" in refused("predict", photos / "a.png", "--model", tmp_path / "empty")
     assert "nowhere is neither a folder nor a model" in refused("predict", photos / "a.png", "--model", "nowhere")
-    assert "scales must be positive" in refused("predict", photos, "--model", run, "--scales", "[0]")
+    assert "scales must be positive" in refused("predict", photos, "--model", run, "--scales", "0")
 
 
 # models, doctor

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hint
 
 from torch import Tensor, nn
 
-from segvit.adapters import conv_adapter, lora, lv_adapter, pro_tuning, spm, ssf, svf, tuning, vpt
+from segvit.adapters import class_prompts, conv_adapter, lora, lv_adapter, pro_tuning, spm, ssf, svf, tuning, vpt
 from segvit.adapters.handle import Handle
 from segvit.adapters.places import backbone_of
 from segvit.contracts import UserError
@@ -29,6 +29,7 @@ ADAPTERS: dict[str, Method] = {
     "spm": spm.spm,
     "pro_tuning": pro_tuning.pro_tuning,
     "lv_adapter": lv_adapter.lv_adapter,
+    "cavpt": class_prompts.cavpt,
     "head_only": tuning.head_only,
     "bitfit": tuning.bitfit,
     "norm_only": tuning.norm_only,
@@ -46,6 +47,7 @@ class AdapterLoss(NamedTuple):
 LOSSES: dict[str, AdapterLoss] = {
     "spm": AdapterLoss(spm.losses, spm.normalisers),
     "lv_adapter": AdapterLoss(lv_adapter.losses, lv_adapter.normalisers),
+    "cavpt": AdapterLoss(class_prompts.losses, class_prompts.normalisers),
 }
 
 

@@ -2,8 +2,8 @@
 
 Paper     Y. Xing et al., "Dual Modality Prompt Tuning for Vision-Language Pre-Trained Model", IEEE Trans. Multimedia
           2023, arXiv 2208.08340; the words are CoOp's (K. Zhou et al., IJCV 2022).
-Use       These are the parts; `segvit.systems.dpt_clip` puts them together. They are not in `ADAPTERS`: class-aware
-          prompts need a text tower and a first pass without prompts, which a gap of a backbone does not have.
+Use       These are the parts; `segvit.systems.dpt_clip` puts them together as in the paper. What adapts a dense system
+          with them is `segvit.adapters.class_prompts`.
 Differs   Prompts stand behind the class token instead of at the end. CLIP's blocks do not see the order, so nothing
           changes, and the patch tokens stay the last ones of a Step. Extra keys start from normal noise (proposed).
 Checked   tests/golden/dpt_cavpt__{generator,text_prompt_end,text_prompt_middle,full_model} (fanrena/DPT).
@@ -53,7 +53,7 @@ class TextPrompts(nn.Module):
         order = arrange([len(word_pieces(name)) for name in plain], context=count, length=tokens.shape[1], at=position)
         self.order: Tensor
         self.register_buffer("order", order, persistent=False)
-        self.seen = int(end_positions(tokens).max()) + 1
+        self.seen = max(len(word_pieces(f"{words} {name}.")) for name in plain) + 2  # tokens up to the last end
 
         embedded = tower.embed(tokens.to(tower.text_projection.device)).detach()  # (K, L, D)
         self.start: Tensor
@@ -135,7 +135,7 @@ class PromptGenerator(nn.Module):
         """Tokens (B, N, D), to which no gradient goes, and the selected classes' vectors (B, P, E)."""
         memory = tokens.detach()
         if self.extra is not None:
-            memory = torch.cat([memory, self.extra[layer].expand(len(tokens), -1, -1)], dim=1)
+            memory = torch.cat([memory, self.extra[layer].expand(tokens.shape[0], -1, -1)], dim=1)
         return cast(Generated, self.layers[layer](memory, text))
 
 
@@ -168,7 +168,7 @@ class VisualPrompts(nn.Module):
         for index in range(len(vit.blocks)):
             prompts: Tensor | None
             if index < self.plain:
-                prompts = None if self.deep is None else self.deep[index].expand(len(step.tokens), -1, -1)
+                prompts = None if self.deep is None else self.deep[index].expand(step.tokens.shape[0], -1, -1)
             else:
                 generated = self.generator(index - self.plain, step.tokens, text)
                 prompts = generated.prompts

@@ -83,7 +83,7 @@ class LanguageToVision(nn.Module):
     def context(self, tokens: Tensor, text: Tensor) -> Tensor:
         """What the cells find among the classes: (B, N, C) and (K, D) -> (B, N, D)."""
         query = split_heads(self.query(self.norm(tokens)), self.heads)
-        key, value = self.key_value(text).expand(len(tokens), -1, -1).chunk(2, dim=-1)
+        key, value = self.key_value(text).expand(tokens.shape[0], -1, -1).chunk(2, dim=-1)
         mixed = F.scaled_dot_product_attention(query, split_heads(key, self.heads), split_heads(value, self.heads))
         return join_heads(mixed)
 
@@ -110,7 +110,9 @@ def lv_adapter(
         raise UserError(f"class_names has {len(class_names)} entries, but the model has {num_classes} classes; "
                         "give one for each")  # fmt: skip
     gaps, like = gaps_behind_stages(backbone), next(backbone.parameters())
-    embeddings = _embeddings(class_names, text_model, text_weights, templates, text_dim)
+    embeddings = text_vectors(
+        "lv_adapter", class_names, text_model, text_weights, templates=templates, dim=text_dim
+    )  # fmt: skip
     # The vectors are saved with the adapter: whoever loads it needs their length only.
     recorded: dict[str, Any] = {"text_model": None, "text_weights": None, "text_dim": embeddings.shape[1]}
     handle = Handle(backbone, recorded=recorded)
@@ -123,18 +125,21 @@ def lv_adapter(
     return handle
 
 
-def _embeddings(
-    names: Sequence[str | Sequence[str]], model: str | None, weights: str | None, templates: str | Sequence[str],
-    dim: int | None,
+def text_vectors(
+    method: str, names: Sequence[str | Sequence[str]], model: str | None, weights: str | None, *,
+    templates: str | Sequence[str], dim: int | None,
 ) -> Tensor:  # fmt: skip
-    """The class vectors (K, E); zeros to be loaded where only their length is given."""
+    """The class vectors (K, E) of a method that needs them; zeros to be loaded where only their length is given.
+
+    Raises UserError when they can come from nowhere.
+    """
     if dim is not None:
         if weights is not None or model is not None:
             raise UserError("text_dim stands in for the text tower, so it excludes text_weights and text_model")
         return torch.zeros(len(names), dim)
     if weights is None:
         raise UserError(
-            "lv_adapter needs the text tower of a trained CLIP for the class names: give text_weights, a checkpoint's "
+            f"{method} needs the text tower of a trained CLIP for the class names: give text_weights, a checkpoint's "
             "path or, with text_model such as ViT-B-16, a tag such as openai"
         )
     plain = [name.replace("_", " ") if isinstance(name, str) else name for name in names]

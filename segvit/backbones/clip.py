@@ -102,14 +102,17 @@ class AttentionPool(nn.Module):
 class ClipResNet(nn.Module):
     """CLIP's ResNet: four maps of strides 4, 8, 16, 32. Adapters put modules into `gaps` 1 to 4, behind the stages.
 
-    Images are padded with zeros to whole cells of the last map. Keys are the official ones without `visual.`.
+    Images are padded with zeros to whole cells of the last map; with `padded=False` rows and columns that fill no cell
+    are lost on the way, as in the official code. Keys are the official ones without `visual.`.
     """
 
-    def __init__(self, config: VisionConfig, *, image_size: Size, position_mode: Mode = "bilinear") -> None:
+    def __init__(
+        self, config: VisionConfig, *, image_size: Size, position_mode: Mode = "bilinear", padded: bool = True
+    ) -> None:
         super().__init__()
         if isinstance(config.layers, int):
             raise UserError("a ResNet needs the depths of its four stages; use clip_vit for a ViT")
-        width = config.width
+        width, self.padded = config.width, padded
         self.mean, self.std = config.mean, config.std
         self.dims, self.strides = tuple(width * 4 * 2**i for i in range(4)), [4, 8, 16, 32]
         self.conv1, self.bn1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(width // 2)
@@ -130,8 +133,8 @@ class ClipResNet(nn.Module):
         )  # fmt: skip
 
     def forward(self, images: Tensor) -> Features:
-        padded = pad_to_patches(images, (CELL, CELL))
-        x = padded
+        images = pad_to_patches(images, (CELL, CELL)) if self.padded else images
+        x = images
         for conv, norm in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
             x = F.relu(norm(conv(x)))
         x, maps, extras = self.avgpool(x), list[Tensor](), dict[str, Tensor]()
@@ -142,7 +145,7 @@ class ClipResNet(nn.Module):
                 x, extras = patch_map(step).contiguous(), step.extras
             maps.append(x)
         pooled, dense = self.attnpool(x)
-        grid, covers = (maps[0].shape[-2], maps[0].shape[-1]), (padded.shape[-2], padded.shape[-1])
+        grid, covers = (maps[0].shape[-2], maps[0].shape[-1]), (images.shape[-2], images.shape[-1])
         return Features(maps, list(self.strides), grid, covers, pooled, {**extras, "dense": dense})
 
 

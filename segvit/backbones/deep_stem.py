@@ -18,7 +18,8 @@ from segvit.backbones.weights import find_state
 from segvit.contracts import UserError
 from segvit.nn.rename import Rules, rename
 
-DEPTHS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
+DEPTHS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3), "tiny": (1, 1, 1, 1)}
+WIDTHS = {"tiny": 16}  # of stem and first planes where they are not 64; the tiny one is ours, for quick runs
 STAGES: Rules = (  # of the official ImageNet files, then of the few-shot checkpoints
     *((rf"^(conv|bn){i}\.", rf"stem.\g<1>{i}.") for i in (1, 2, 3)),
     *((rf"^stem\.conv{i}\.", f"stem.{3 * i - 3}.") for i in (1, 2, 3)),
@@ -70,13 +71,14 @@ def stage(inputs: int, planes: int, blocks: int, stride: int, dilation: int) -> 
 
 
 def deep_stem_resnet(name: str, *, weights: str | None = None) -> DeepStemResNet:
-    """`resnet50` or `resnet101`; `weights` is an official file (resnet50_v2.pth) or a hub name with such keys.
+    """`resnet50`, `resnet101` or `tiny`; `weights` is an official file (resnet50_v2.pth) or a hub name with such keys.
 
     Raises UserError for another name and for weights that do not fit.
     """
     if name not in DEPTHS:
         raise UserError(f"unknown few-shot backbone {name!r}; choose from {', '.join(DEPTHS)}")
-    network = DeepStemResNet(DEPTHS[name])
+    width = WIDTHS.get(name, 64)
+    network = DeepStemResNet(DEPTHS[name], stem=width, planes=width)
     if weights is not None:
         state = rename(find_state(weights), STAGES, unused=r"^fc\.")
         try:

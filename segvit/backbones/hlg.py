@@ -105,7 +105,7 @@ class WindowAttention(nn.Module):
         """(B, n, 49, C) each and which cells count, (n, 49) -> (B, n, 49, C)."""
         bias = self.position((WINDOW, WINDOW), WINDOW**2)[None]  # (1, M, 49, 49)
         if mask is not None:
-            bias = bias.masked_fill(~mask[:, None, None, :], -torch.inf).repeat(len(q), 1, 1, 1)
+            bias = bias.masked_fill(~mask[:, None, None, :], -torch.inf).repeat(q.shape[0], 1, 1, 1)
         mixed = attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), bias, heads=self.heads)
         return mixed.unflatten(0, q.shape[:2])
 

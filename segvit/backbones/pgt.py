@@ -41,7 +41,8 @@ class GroupAttention(nn.Module):
     def forward(self, x: Tensor, grid: Size) -> Tensor:
         g = self.side
         # The authors' rule: both axes grow as soon as one of them does not divide. Padding takes part in the softmax.
-        padded = grid if not grid[0] % g and not grid[1] % g else (grid[0] + g - grid[0] % g, grid[1] + g - grid[1] % g)
+        grow = torch.sym_min(1, grid[0] % g + grid[1] % g)  # 0 or 1; no condition, so that sizes may be traced
+        padded = (grid[0] + grow * (g - grid[0] % g), grid[1] + grow * (g - grid[1] % g))
         rows, columns = padded[0] // g, padded[1] // g
         tokens = F.pad(x.unflatten(1, grid), (0, 0, 0, padded[1] - grid[1], 0, padded[0] - grid[0]))
         cut = tokens.unflatten(2, (g, columns)).unflatten(1, (g, rows))  # (B, g, rows, g, columns, C)

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from segvit.backbones.weights import read_state, unwrap
 from segvit.contracts import Features, Size, UserError
 from segvit.nn.attention import join_heads, split_heads
-from segvit.nn.tokens import Step, patch_map
+from segvit.nn.tokens import Step, pad_beyond, patch_map
 
 STRIDES = (4, 8, 16, 32)
 DIMS, HEADS = (64, 128, 320, 512), (1, 2, 5, 8)
@@ -153,7 +153,8 @@ class PVT(nn.Module):
         stored = slots[:, 1:] if stage == 4 else slots
         side = round(stored.shape[1] ** 0.5)
         same_count = self.strict_positions and stage == 1 and grid[0] * grid[1] == side**2
-        if grid == (side, side) or same_count:
+        known = all(isinstance(cells, int) for cells in grid)  # in a traced graph any size may come later
+        if same_count or (known and grid == (side, side)):
             return stored
         square = stored.mT.unflatten(2, (side, side))
         return F.interpolate(square, size=grid, mode="bilinear", align_corners=False).flatten(2).mT
@@ -161,8 +162,8 @@ class PVT(nn.Module):
 
 def pad_to_least(images: Tensor, least: int) -> tuple[Tensor, Size]:
     """Images of at least that many pixels a side, with zeros at the right and the bottom, and their size."""
-    below, right = max(0, least - images.shape[-2]), max(0, least - images.shape[-1])
-    padded = F.pad(images, (0, right, 0, below)) if below or right else images
+    below, right = (torch.sym_max(0, least - side) for side in images.shape[-2:])  # of a traced size too
+    padded = pad_beyond(images, below, right)
     return padded, (padded.shape[-2], padded.shape[-1])
 
 
@@ -187,7 +188,7 @@ class PVTClassifier(nn.Module):
                 tokens = self.trunk.run(tokens + self.trunk.positions(stage, grid), grid, stage)
                 x = tokens.mT.unflatten(2, grid)
         slots = torch.cat([self.trunk.get_parameter("pos_embed4")[:, :1], self.trunk.positions(4, grid)], 1)
-        tokens = torch.cat([self.cls_token.expand(len(x), -1, -1), tokens], 1) + slots
+        tokens = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), tokens], 1) + slots
         return self.norm(self.trunk.run(tokens, grid, 4))[:, 0]
 
     def forward(self, images: Tensor) -> Tensor:

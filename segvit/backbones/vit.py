@@ -112,7 +112,7 @@ class PlainViT(nn.Module):
             if not self.prefix_has_position:
                 tokens = tokens + positions
         if singles:
-            tokens = torch.cat([token.expand(len(tokens), -1, -1) for token in singles] + [tokens], dim=1)
+            tokens = torch.cat([token.expand(tokens.shape[0], -1, -1) for token in singles] + [tokens], dim=1)
         if positions is not None and self.prefix_has_position:
             tokens = tokens + positions
         if self.prefix_tokens == "drop":
@@ -120,15 +120,17 @@ class PlainViT(nn.Module):
         rope = self.rope.get_embed(shape=list(grid)) if self.rope is not None else None
         return Step(self.norm_pre(tokens), prefix, grid, grid, rope=rope)
 
-    def run(self, index: int, step: Step, *, keep: Tensor | None = None, grid: Size | None = None) -> Step:
-        """Gap `index`, then block `index`.
+    def run(
+        self, index: int, step: Step, *, keep: Tensor | None = None, grid: Size | None = None, bare: bool = False
+    ) -> Step:  # fmt: skip
+        """Gap `index`, unless `bare`, then block `index`.
 
         With `keep` (patch token numbers) and their new `grid`, only those tokens and the prefix act as queries and go
         on; all tokens are still attended to.
         """
         if index + 1 < len(self.past):
             return self.past[index + 1]
-        step = self.gap(index, step)
+        step = step if bare else self.gap(index, step)
         block, training = self.blocks[index], self.checkpointing and self.training
         rows = None
         if keep is not None:

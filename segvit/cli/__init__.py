@@ -11,7 +11,22 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from segvit.cli import adapters, adversarial, classify, compare, data, detect, few_shot, models, multi, run
+from segvit.cli import (
+    adapters,
+    adversarial,
+    bench,
+    classify,
+    clip,
+    compare,
+    data,
+    detect,
+    export,
+    few_shot,
+    models,
+    multi,
+    retrieve,
+    run,
+)
 from segvit.cli.parsing import make_parser, parse, with_values
 from segvit.contracts import UserError
 from segvit.engine.interrupt import Stopped
@@ -29,9 +44,11 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "data stats": data.stats,
     "data preview": data.preview,
     "data bench": data.bench,
+    "bench": bench.bench,
     "models list": models.models_list,
     "models info": models.models_info,
     "models convert": models.models_convert,
+    "models freeze": models.models_freeze,
     "models licences": models.models_licences,
     "multi train": multi.train,
     "multi predict": multi.predict,
@@ -39,14 +56,25 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "classify train": classify.train,
     "classify val": classify.val,
     "classify predict": classify.predict,
+    "clip crops": clip.crops,
+    "clip words": clip.words,
+    "clip name": clip.name,
+    "clip pseudo_labels": clip.pseudo_labels,
     "detect train": detect.train,
     "detect val": detect.val,
     "detect predict": detect.predict,
     "few_shot train": few_shot.train,
+    "few_shot train_base": few_shot.train_base,
     "few_shot val": few_shot.val,
+    "retrieve train": retrieve.train,
+    "retrieve val": retrieve.val,
+    "retrieve embed": retrieve.embed,
+    "retrieve search": retrieve.search,
+    "few_shot predict": few_shot.predict,
     "adapters list": adapters.adapters_list,
     "adapters inspect": adapters.adapters_inspect,
     "adapters merge": adapters.adapters_merge,
+    "export": export.export,
     "doctor": run.doctor,
 }
 

@@ -26,7 +26,7 @@ def train(
         data: Folder with train/CLASS/ and val/CLASS/.
         out: Run folder to write.
         model: classifier_vit_tiny, _vit_small, _vit_base, _vit_large, _resnet50, _convnext_base, _swin_base, or
-            classifier with the backbone in options.
+            classifier with the backbone in options; dpt_clip_vit_base or dpt_clip_vit_base_patch32: CLIP with prompts.
         options: Keywords of the classifier's builder, such as backbone; None = none.
         weights: Pretrained backbone weights: a hub name or a local file; None = none.
         init: Start from another run's classifier; its head is matched by class name.

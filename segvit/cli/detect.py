@@ -66,8 +66,8 @@ def val(
 
     from segvit.data.boxes import open_boxes
     from segvit.files import write_json
-    from segvit.tasks.commands import default_device
     from segvit.tasks.detect import coco_figures, load_detector
+    from segvit.tasks.sources import default_device
 
     where = torch.device(device or default_device())
     found = coco_figures(load_detector(run, device=where), open_boxes(data), split, device=where)

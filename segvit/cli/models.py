@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 from segvit.cli.parsing import show
 
 
@@ -31,15 +33,18 @@ def models_info(
         image_size: Side of the input; None = the recipe's crop, else the builder's.
         json: Print JSON.
     """
+    from segvit.export.exportable import why_not
     from segvit.tasks.catalogue import model_info
 
     info = model_info(name, config, num_classes=num_classes, image_size=image_size)
+    info["export"] = why_not(info["model"], {}) or "pt2, onnx, openvino"
     show(info, json, "\n".join(f"{key}: {value}" for key, value in info.items()))
 
 
 def models_convert(
     checkpoint: str, *, model: str, out: str, num_classes: int | None = None, classes: str | None = None,
-    image_size: int | None = None,
+    image_size: int | None = None, options: dict[str, Any] | None = None, vectors: str | None = None,
+    text_weights: str | None = None,
 ) -> None:  # fmt: skip
     """Convert an official checkpoint into a model folder.
 
@@ -50,10 +55,35 @@ def models_convert(
         num_classes: Number of classes; None = as many as `classes` names.
         classes: Text file with one class name a line, optionally tab and R G B.
         image_size: Side of the crop it was trained with; None = read off the position embedding.
+        options: Keywords of the model's builder, where it was not the published one; None = none.
+        vectors: ZegCLIP and zsseg: file of class vectors (.npy, .npz, .safetensors); None = made of the names.
+        text_weights: ZegCLIP and zsseg: CLIP that makes them, a file or openai; None = the checkpoint's own.
     """
-    from segvit.tasks.catalogue import convert_checkpoint
+    from segvit.tasks.convert import Words, convert_checkpoint
 
-    convert_checkpoint(checkpoint, model, out, num_classes=num_classes, classes=classes, image_size=image_size)
+    convert_checkpoint(
+        checkpoint, model, out, num_classes=num_classes, classes=classes, image_size=image_size, options=options,
+        words=Words(vectors=vectors, text_weights=text_weights),
+    )  # fmt: skip
+    show(None, False, out)
+
+
+def models_freeze(
+    run: str, *, out: str, classes: str | None = None, background: Literal["none", "words"] = "none",
+    text_weights: str | None = None,
+) -> None:  # fmt: skip
+    """Make a closed-vocabulary model of one that knows words: class vectors become weights, the text tower goes.
+
+    Args:
+        run: Run folder, model folder or hub id.
+        out: Model folder to write.
+        classes: Other classes, as for predict; None = the model's own.
+        background: As for predict.
+        text_weights: As for predict.
+    """
+    from segvit.tasks.open_vocabulary import Vocabulary, freeze_run
+
+    freeze_run(run, out, Vocabulary(classes=classes, background=background, text_weights=text_weights))
     show(None, False, out)
 
 

@@ -7,10 +7,10 @@ import inspect
 import io
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
 
 from segvit.contracts import UserError
 
@@ -76,9 +76,11 @@ def _hint(message: str, parser: ArgumentParser, arguments: list[str]) -> str:
 
 
 def with_values(arguments: list[str], name: str, function: Callable[..., None]) -> list[str]:
-    """Bare flags (`--resume`) as `--resume=true`, and dashes inside option names as underscores."""
-    flags = {option for option, hint in _hints(name, function).items() if hint is bool}
-    result = []
+    """Bare flags (`--resume`) as `--resume=true`, lists without brackets (`--scales 1`), dashes as underscores."""
+    hints = _hints(name, function)
+    flags = {option for option, hint in hints.items() if hint is bool}
+    lists = {option for option, hint in hints.items() if get_origin(hint) is tuple}
+    result: list[str] = []
     if name in OPTIONAL_SUBJECT and arguments and not arguments[0].startswith("-"):
         arguments = ["--name", *arguments]
     leading = next((i for i, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
@@ -90,11 +92,19 @@ def with_values(arguments: list[str], name: str, function: Callable[..., None]) 
             option = "--" + option[2:].replace("-", "_")
         following = arguments[place + 1].lower() if place + 1 < len(arguments) else ""
         bare = option[2:] in flags and not equals and following not in ("true", "false")
+        if value and option[2:] in lists:
+            value = _bracketed(value)
+        if result and result[-1][2:] in lists and result[-1].startswith("--"):
+            option, equals, value = _bracketed(argument), "", ""
         result.append(f"{option}=true" if bare else option + equals + value)
     if "--config" in result[:-1]:  # first, so that options override the recipe wherever they stand
         place = result.index("--config")
         result = [*result[place : place + 2], *result[:place], *result[place + 2 :]]
     return result
+
+
+def _bracketed(value: str) -> str:
+    return value if value.startswith(("[", "(")) else f"[{value}]"
 
 
 def _hints(name: str, function: Callable[..., None]) -> dict[str, Any]:
@@ -129,3 +139,10 @@ def _one_length(arguments: list[str]) -> list[str]:
 def show(data: Any, as_json: bool, text: str) -> None:
     """Print a result to stdout, for machines or for people."""
     print(json.dumps(data, indent=2) if as_json else text)
+
+
+def sides(name: str, given: Sequence[int]) -> tuple[int, int] | None:
+    """Height and width from one side or both; None where nothing is given. Raises UserError for more."""
+    if len(given) > 2:
+        raise UserError(f"{name} takes one side or height and width, got {list(given)}")
+    return (given[0], given[-1]) if given else None

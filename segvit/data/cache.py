@@ -32,6 +32,7 @@ from segvit import __version__
 from segvit.contracts import Classes, Sample, UserError
 from segvit.data.dataset import Dataset, FolderDataset
 from segvit.data.memory import available_memory
+from segvit.data.volumes import VolumeDataset
 from segvit.files import cache_folder, open_atomic
 
 Where = Literal["none", "ram", "disk"]
@@ -161,7 +162,7 @@ class Disk:
     """Samples in files below `folder`. Files that are missing, damaged or cut short are written (again)."""
 
     def __init__(self, dataset: Dataset, folder: Path) -> None:
-        if not isinstance(dataset, FolderDataset):
+        if not isinstance(dataset, FolderDataset | VolumeDataset):
             raise UserError("cache disk is for images in files, which generated ones are not; use --cache ram or none")
         self.dataset, self.folder, self.facts = dataset, folder / "samples", _facts(dataset)
         try:
@@ -186,6 +187,8 @@ class Disk:
         for file in (self.dataset.image_path(split, i), self.dataset.mask_path(split, i)):
             status = file.stat()
             key.update(os.fsencode(file.absolute()) + struct.pack("<Qq", status.st_size, status.st_mtime_ns))
+        if isinstance(self.dataset, VolumeDataset):
+            key.update(struct.pack("<I", self.dataset.place(split, i)[1]))
         name = key.hexdigest()
         return self.folder / name[:2] / f"{name}.raw"
 
@@ -238,7 +241,7 @@ def _written(path: Path, sample: Sample) -> Sample:
     return _frozen(sample)
 
 
-def _facts(dataset: FolderDataset) -> bytes:
+def _facts(dataset: FolderDataset | VolumeDataset) -> bytes:
     """A digest of what all samples depend on."""
     key = hashlib.blake2b()
     key.update(repr((MAGIC, __version__, PIL.__version__, dataset.channels, dataset.levels)).encode())

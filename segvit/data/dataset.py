@@ -26,7 +26,11 @@ from segvit.data.decode import LabelRule, read
 from segvit.data.description import SPLITS, Description, Entry, label_rule, read_class_file, read_description
 from segvit.data.sources import named_source, read_source, recognise
 from segvit.data.synthetic import DAY, ShapesDataset
+from segvit.data.synthetic_fine import FINE
+from segvit.data.synthetic_medical import POLYPS
 from segvit.data.synthetic_night import NIGHT
+from segvit.data.synthetic_words import WORDS
+from segvit.data.volumes import NIFTI_SUFFIXES, VolumeDataset, is_volume
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", *ARRAY_SUFFIXES)
 MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", *ARRAY_SUFFIXES)
@@ -34,7 +38,7 @@ JPEG_SUFFIXES = (".jpg", ".jpeg")  # of masks only where values are read as the 
 DESCRIPTIONS = ("dataset.yaml", "data.yaml")
 CLASS_FILE = "classes.txt"
 STEM = "{stem}"
-GENERATED = {f"synthetic:{scenes.name}": scenes for scenes in (DAY, NIGHT)}
+GENERATED = {f"synthetic:{scenes.name}": scenes for scenes in (DAY, NIGHT, POLYPS, WORDS, FINE)}
 FLAT = (Entry("images", "masks"),)
 FLAT_VAL_PART = 0.2  # of a folder that has no split of its own
 
@@ -133,7 +137,8 @@ class Found(NamedTuple):
 def open_dataset(source: str | Path) -> Dataset:
     """The dataset of a YAML file, a folder or a well-known source (`ade20k:FOLDER`), or a generated one.
 
-    Generated are `synthetic:shapes` and `synthetic:night`, with options as in `synthetic:shapes?train=400&size=96`.
+    Generated are `synthetic:shapes`, `synthetic:night`, `synthetic:polyps`, `synthetic:words` and `synthetic:fine`,
+    with options as in `synthetic:shapes?train=400&size=96`.
     """
     if is_generated(source):
         return _generated(str(source))
@@ -152,9 +157,24 @@ def open_dataset(source: str | Path) -> Dataset:
         found["val"] = [pair for pair in found["train"] if pair[0] in kept]
         found["train"] = [pair for pair in found["train"] if pair[0] not in kept]
     pairs = {split: tuple((image, mask) for _, image, mask in found[split]) for split in SPLITS if split in found}
-    return FolderDataset(
+    kind = VolumeDataset if any(is_volume(part[0][1]) for part in pairs.values() if part) else FolderDataset
+    return kind(
         description.classes, description.rule, root, pairs, channels=description.channels, levels=description.range
     )
+
+
+def holds_volumes(source: str | Path) -> bool:
+    """Whether the labels of a source are volumes, by their names; False also for a source that cannot be found."""
+    if is_generated(source):
+        return False
+    try:
+        description = describe_source(source)
+        entries = [entry.masks for split in description.splits.values() for entry in split]
+        suffixes = (*NIFTI_SUFFIXES, *ARRAY_SUFFIXES)
+        first = [list_files(description.root, masks, suffixes)[:1] for masks in entries]
+        return any(is_volume(path) for files in first for _, path in files)
+    except UserError:
+        return False
 
 
 def is_generated(source: str | Path) -> bool:
@@ -196,7 +216,7 @@ def find_pairs(root: Path, entry: Entry) -> Found:
 
     Raises UserError for a missing folder or list only.
     """
-    masks = list_files(root, entry.masks, MASK_SUFFIXES)
+    masks = list_files(root, entry.masks, (*MASK_SUFFIXES, *NIFTI_SUFFIXES))
     # Images and masks may share a folder: what is a mask is then no image. Arrays may hold both.
     taken = {path for _, path in masks if path.suffix.lower() not in ARRAY_SUFFIXES}
     if not _folder(root, entry.images).is_relative_to(_folder(root, entry.masks)) or STEM in entry.masks:
@@ -204,7 +224,8 @@ def find_pairs(root: Path, entry: Entry) -> Found:
         jpegs = list_files(root, entry.masks, JPEG_SUFFIXES)
         masks += [(stem, path) for stem, path in jpegs if stem not in stems]
         taken.update(path for _, path in jpegs)
-    images = [(stem, path) for stem, path in list_files(root, entry.images, IMAGE_SUFFIXES) if path not in taken]
+    found = list_files(root, entry.images, (*IMAGE_SUFFIXES, *NIFTI_SUFFIXES))
+    images = [(stem, path) for stem, path in found if path not in taken]
     lines_alone: tuple[str, ...] = ()
     if entry.list is not None:
         listed, lines_alone = _listed(root / entry.list, {stem for stem, _ in [*images, *masks]})
@@ -273,7 +294,7 @@ def list_files(root: Path, entry: str, suffixes: tuple[str, ...]) -> list[tuple[
             if name.startswith(".") or not name.lower().endswith(suffixes):
                 continue
             inside = name if below == "." else f"{below}/{name}"
-            stem = inside.rpartition(".")[0]
+            stem = inside.removesuffix(".gz").rpartition(".")[0]
             if is_template:
                 if not (inside.startswith(start) and inside.endswith(after) and len(inside) > len(start + after)):
                     continue

@@ -106,17 +106,18 @@ def read_mask(source: Source, rule: LabelRule) -> NDArray[Any]:
     """The class ids (H, W) that `rule` makes of the mask in a file; in a `.npz` it is called label or is alone."""
     name = _name(source)
     if is_array_file(source):
-        raw = _whole_numbers(load_array(Path(str(source)), "label"), name, colors=rule.table is None)
-    else:
-        picture = _open(source, upright=False)
-        if picture.format in JPEG and not rule.nearest:
-            raise UserError(
-                f"{name}: JPEG changes pixel values, so it cannot hold a mask; make it a PNG, or set nearest: true"
-            )
-        raw = _numbers(picture, name) if rule.table is not None else _colors(picture, name)
-    if rule.table is not None:
-        return _ids_of_numbers(raw, rule.table, name).astype(rule.dtype)
-    return _ids_of_colors(raw, rule, name).astype(rule.dtype)
+        return mask_from_array(load_array(Path(str(source)), "label"), rule, name)
+    picture = _open(source, upright=False)
+    if picture.format in JPEG and not rule.nearest:
+        raise UserError(
+            f"{name}: JPEG changes pixel values, so it cannot hold a mask; make it a PNG, or set nearest: true"
+        )
+    return _ids(_numbers(picture, name) if rule.table is not None else _colors(picture, name), rule, name)
+
+
+def mask_from_array(raw: NDArray[Any], rule: LabelRule, name: str) -> NDArray[Any]:
+    """The class ids (H, W) that `rule` makes of an array: whole numbers (H, W), or colours (H, W, 3)."""
+    return _ids(_whole_numbers(raw, name, colors=rule.table is None), rule, name)
 
 
 def read(
@@ -238,6 +239,12 @@ def _whole_numbers(raw: NDArray[Any], name: str, *, colors: bool) -> NDArray[Any
     if raw.dtype.kind != "f" or not (np.isfinite(raw).all() and (raw == np.floor(raw)).all()):
         raise UserError(f"{name}: the mask holds values of type {raw.dtype} that are not whole; save class numbers")
     return raw.astype(np.int64)
+
+
+def _ids(raw: NDArray[Any], rule: LabelRule, name: str) -> NDArray[Any]:
+    if rule.table is not None:
+        return _ids_of_numbers(raw, rule.table, name).astype(rule.dtype)
+    return _ids_of_colors(raw, rule, name).astype(rule.dtype)
 
 
 def _ids_of_numbers(raw: NDArray[Any], table: NDArray[np.int32], name: str) -> NDArray[np.int32]:

@@ -5,20 +5,26 @@ for all else, the ignore id stays. Classes of training (base) and of the test (n
 
 Sources   PASCAL-5i (Shaban et al., 2017) and COCO-20i (Nguyen and Todorovic, 2019) with ids from 1 and background 0;
           sampling and pictures as PFENet and BAM. Rotation, blur and flip are theirs up to the library that does them.
-Fold file YAML with the novel classes of each fold, by name or id. Base are the classes of the other folds; what no
-          fold lists is never the object of an episode, such as the background:
+Fold file YAML with the novel classes of each fold, by name or id. Base are the classes of the other folds, or those
+          that the fold names itself; what no fold lists is never the object of an episode, such as the background:
 
-              folds:
-                - [cat, dog]
-                - [car, bus]
+              folds:                     or        folds:
+                - [cat, dog]                         - novel: [cat, dog]
+                - [car, bus]                           base: [car, bus, horse]
+
+          or a text file (.txt) with a line of novel classes for each fold, separated by commas.
 
 Shapes    H W pixels of an image.
 """
 
 from __future__ import annotations
 
+import hashlib
+import zipfile
+from bisect import bisect_left
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,8 +34,11 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 from segvit.contracts import Classes, Sample, UserError
-from segvit.data.dataset import Dataset
+from segvit.data.cache import Disk
+from segvit.data.dataset import Dataset, FolderDataset
+from segvit.data.decode import read_mask
 from segvit.data.resize import resize_image, resize_mask
+from segvit.files import cache_folder, open_atomic
 
 MIN_PIXELS = 2048  # of a class in an image: 2 * 32 * 32
 BENCHMARKS = ("pascal", "coco_fwb", "coco_panet")
@@ -81,23 +90,61 @@ def open_folds(source: str, classes: Classes) -> tuple[Fold, ...]:
     return folds
 
 
+def chosen_fold(folds: str, number: int, dataset: Dataset) -> Fold:
+    """One fold of a benchmark or a fold file. Raises UserError when it has no such fold."""
+    known = open_folds(folds, dataset.classes)
+    if not 0 <= number < len(known):
+        raise UserError(f"{folds} has folds 0..{len(known) - 1}, not {number}")
+    return known[number]
+
+
+def located_folds(folds: str) -> str:
+    """The name of a benchmark, or the fold file's absolute path, so that a run can be used from anywhere."""
+    return folds if folds in BENCHMARKS else str(Path(folds).absolute())
+
+
 def read_folds(path: Path, classes: Classes) -> tuple[Fold, ...]:
-    """The folds of a YAML file. Raises UserError when it is none or a class is unknown or listed twice."""
+    """The folds of a fold file. Raises UserError when it is none, and for classes that are unknown or in two places."""
     if not path.is_file():
-        raise UserError(f"{path}: no such fold file; choose from {', '.join(BENCHMARKS)} or give a YAML file")
+        raise UserError(f"{path}: no such fold file; choose from {', '.join(BENCHMARKS)} or give a YAML or text file")
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        data = _lines(text) if path.suffix.lower() == ".txt" else yaml.safe_load(text)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML ({' '.join(str(error).split())[:150]})") from None
     rows = data.get("folds") if isinstance(data, dict) else None
+    if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows):
+        return tuple(_whole_fold(row, classes, path) for row in rows)
     if not isinstance(rows, list) or len(rows) < 2 or not all(isinstance(row, list) and row for row in rows):
-        raise UserError(f"{path} needs `folds:` with two or more lists of classes, one a fold")
+        raise UserError(
+            f"{path} needs `folds:` with two or more lists of novel classes, or with `novel` and `base` for each"
+        )
     groups = [tuple(_class_id(value, classes, path) for value in row) for row in rows]
-    flat = [label for group in groups for label in group]
-    twice = sorted({label for label in flat if flat.count(label) > 1})
-    if twice:
-        raise UserError(f"{path} lists {classes.names[twice[0]]!r} twice; a class is novel in one fold only")
+    _check_once(path, [label for group in groups for label in group], classes)
     return folds_of(groups)
+
+
+def _lines(text: str) -> dict[str, Any]:
+    """What a text file says, as YAML would."""
+    rows = [[name.strip() for name in line.split(",") if name.strip()] for line in text.splitlines()]
+    return {"folds": [[int(name) if name.isdigit() else name for name in row] for row in rows if row]}
+
+
+def _whole_fold(row: dict[str, Any], classes: Classes, path: Path) -> Fold:
+    parts = [row.get("base"), row.get("novel")]
+    if row.keys() != {"base", "novel"} or not all(isinstance(part, list) and part for part in parts):
+        raise UserError(f"{path}: a fold has the lists `novel` and `base` and nothing else, got {', '.join(row)}")
+    base, novel = ([_class_id(value, classes, path) for value in part] for part in parts if part)
+    _check_once(path, base + novel, classes)
+    return Fold(tuple(sorted(base)), tuple(sorted(novel)))
+
+
+def _check_once(path: Path, labels: list[int], classes: Classes) -> None:
+    twice = sorted({label for label in labels if labels.count(label) > 1})
+    if twice:
+        raise UserError(
+            f"{path} lists {classes.names[twice[0]]!r} twice; a class is novel in one fold only, not base there"
+        )
 
 
 def _class_id(value: Any, classes: Classes, path: Path) -> int:
@@ -112,19 +159,51 @@ def find_objects(
     dataset: Dataset, split: str, labels: Collection[int], *, min_pixels: int = MIN_PIXELS,
     without: Collection[int] = (),
 ) -> dict[int, tuple[int, ...]]:  # fmt: skip
-    """The images of a split that show at least `min_pixels` of each class; all masks are read.
+    """The images of a split that show at least `min_pixels` of each class.
 
     Images with any pixel of a class in `without` are left out: for training the novel ones, as BAM and SVF do.
     """
-    found: dict[int, list[int]] = {label: [] for label in labels}
-    for i in range(dataset.count(split)):
-        ids, counts = np.unique(dataset.read(split, i).mask, return_counts=True)
-        pixels = dict(zip(ids.tolist(), counts.tolist(), strict=True))
-        if not any(label in pixels for label in without):
-            for label, images in found.items():
-                if pixels.get(label, 0) >= min_pixels:
-                    images.append(i)
-    return {label: tuple(images) for label, images in found.items()}
+    pixels = count_pixels(dataset, split)
+    clean = (pixels[:, list(without)] == 0).all(1)
+    return {label: tuple(np.flatnonzero(clean & (pixels[:, label] >= min_pixels)).tolist()) for label in labels}
+
+
+def count_pixels(dataset: Dataset, split: str) -> NDArray[np.int64]:
+    """Pixels of each class in each image of a split, (images, classes).
+
+    All masks are read once; what is found stays in the cache folder, under a digest of what the masks depend on, so
+    that a changed, new or missing file is seen. Generated images are read each time.
+    """
+    if not isinstance(dataset, FolderDataset):
+        return _counted(dataset, split)
+    store, digest = Disk(dataset, cache_folder()), hashlib.blake2b(f"{len(dataset.classes)}".encode(), digest_size=20)
+    try:
+        digest.update("".join(store.path(split, i).stem for i in range(dataset.count(split))).encode())
+    except FileNotFoundError:
+        return _counted(dataset, split)  # which says what is missing
+    path = cache_folder() / "pixels" / f"{digest.hexdigest()}.npz"
+    try:
+        with path.open("rb") as file, np.load(file) as arrays:  # NumPy leaves a file open that it cannot read
+            stored: NDArray[np.int64] = arrays["pixels"]
+        return stored
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # none yet, or cut short
+        pixels = _counted(dataset, split)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open_atomic(path) as target:
+        np.savez_compressed(target, pixels=pixels)
+    return pixels
+
+
+def _counted(dataset: Dataset, split: str) -> NDArray[np.int64]:
+    count, width = dataset.count(split), len(dataset.classes)
+    pixels = np.zeros((count, width), np.int64)
+    for i in range(count):
+        if isinstance(dataset, FolderDataset):  # the images take most of the time and are not needed
+            mask = read_mask(dataset.mask_path(split, i), dataset.rule)
+        else:
+            mask = dataset.read(split, i).mask
+        pixels[i] = np.bincount(mask.ravel(), minlength=width)[:width]
+    return pixels
 
 
 @dataclass(frozen=True)
@@ -153,29 +232,49 @@ class Episodes:
                     "min_pixels or take it out of the folds"
                 )
 
-    @property
+    @cached_property
+    def shown(self) -> dict[int, list[int]]:
+        """The classes that each query shows, by image."""
+        found: dict[int, list[int]] = {}
+        for label, images in self.objects.items():
+            for image in images:
+                found.setdefault(image, []).append(label)
+        return dict(sorted(found.items()))
+
+    @cached_property
     def queries(self) -> tuple[int, ...]:
         """All images that show a class."""
-        return tuple(sorted({image for images in self.objects.values() for image in images}))
+        return tuple(self.shown)
 
     def draw(self, number: int) -> Episode:
         """Episode `number`: a class of its query and supports other than it, all uniform."""
-        queries = self.queries
-        round_, place = divmod(number, len(queries))
+        round_, place = divmod(number, len(self.queries))
         if self.shuffle:
-            place = int(np.random.default_rng([self.seed, round_, 0]).permutation(len(queries))[place])
-        query, rng = queries[place], np.random.default_rng([self.seed, number, 1])
-        label = int(rng.choice([label for label, images in self.objects.items() if query in images]))
-        others = [image for image in self.objects[label] if image != query]
-        return Episode(query, label, tuple(map(int, rng.choice(others, self.shots, replace=False))))
+            place = _order(self.seed, round_, len(self.queries))[place]
+        query, rng = self.queries[place], np.random.default_rng([self.seed, number, 1])
+        label = int(rng.choice(self.shown[query]))
+        images = self.objects[label]
+        own = bisect_left(images, query)
+        others = rng.choice(len(images) - 1, self.shots, replace=False)
+        return Episode(query, label, tuple(images[i + int(i >= own)] for i in others.tolist()))
 
-    def read(self, episode: Episode) -> list[Sample]:
-        """The query and the supports with binary masks. Raises UserError where a support is a copy of the query."""
+    def samples(self, episode: Episode) -> list[Sample]:
+        """The query and the supports with all classes. Raises UserError where a support is a copy of the query."""
         found = [self.dataset.read(self.split, i) for i in (episode.query, *episode.supports)]
         for support in found[1:]:
             check_support(found[0], support)
+        return found
+
+    def read(self, episode: Episode) -> list[Sample]:
+        """The same with binary masks."""
         ignore = self.dataset.classes.ignore_index
-        return [sample._replace(mask=binary(sample.mask, episode.label, ignore)) for sample in found]
+        return [sample._replace(mask=binary(sample.mask, episode.label, ignore)) for sample in self.samples(episode)]
+
+
+@lru_cache(maxsize=4)
+def _order(seed: int, round_: int, count: int) -> tuple[int, ...]:
+    """The order of the queries in a shuffled round."""
+    return tuple(np.random.default_rng([seed, round_, 0]).permutation(count).tolist())
 
 
 def check_support(query: Sample, support: Sample) -> None:
@@ -187,6 +286,19 @@ def check_support(query: Sample, support: Sample) -> None:
 def binary(mask: NDArray[Any], label: int, ignore: int) -> NDArray[np.uint8]:
     """1 for the class, 255 where ignored, else 0."""
     return np.where(mask == ignore, 255, mask == label).astype(np.uint8)
+
+
+def base_mask(mask: NDArray[Any], base: Sequence[int], ignore: int) -> NDArray[np.uint8]:
+    """Base classes as 1, 2, ... in the order given, 255 where ignored, all else 0. Raises UserError above 254 classes.
+
+    A novel class in a training image is background here, as where `keep_novel` is set.
+    """
+    if len(base) > 254:
+        raise UserError(f"the fold has {len(base)} base classes; at most 254 can be told apart, split it up")
+    table = np.zeros(ignore + 1, np.uint8)
+    table[list(base)], table[ignore] = np.arange(1, len(base) + 1), 255
+    found: NDArray[np.uint8] = table[mask]
+    return found
 
 
 def fit(sample: Sample, side: int) -> Sample:

@@ -2,7 +2,8 @@
 
     train/cat/a.jpg   train/dog/b.jpg   val/cat/c.jpg   val/dog/d.jpg
 
-Class ids follow the sorted names of the folders of train (of the first split there is, where train is missing).
+Class ids follow the sorted names of the folders of train (of the first split there is, where train is missing). For
+retrieval, whose test classes are none of train's, splits may have classes of their own; their ids come behind.
 """
 
 from __future__ import annotations
@@ -37,6 +38,10 @@ class ImageFolder:
             raise UserError(f"{self.root}: no split {split!r}; there are {', '.join(self.splits)}")
         return self.splits[split]
 
+    def classes(self, split: str) -> tuple[str, ...]:
+        """The names of the classes that a split shows, in the order of their ids."""
+        return tuple(self.names[label] for label in sorted({label for _, label in self.items(split)}))
+
     def read(self, split: str, i: int) -> tuple[NDArray[np.uint8], int]:
         """Image i (H, W, 3) and its class id. Raises UserError for a file that is no image."""
         path, label = self.items(split)[i]
@@ -47,10 +52,11 @@ class ImageFolder:
         return self.items(split)[i][0].relative_to(self.root).as_posix()
 
 
-def open_image_folder(source: str | Path) -> ImageFolder:
+def open_image_folder(source: str | Path, *, own_classes: bool = False) -> ImageFolder:
     """The images below `source`; only names are looked at, files are read when asked for.
 
-    Raises UserError for a folder without splits or classes, a class without images, and a class that train lacks.
+    With `own_classes` a split may have classes that train lacks. Raises UserError for a folder without splits or
+    classes, a class without images, and without `own_classes` for a class that train lacks.
     """
     root = Path(source).expanduser()
     if not root.is_dir():
@@ -59,6 +65,8 @@ def open_image_folder(source: str | Path) -> ImageFolder:
     if not found:
         raise UserError(f"{root}: no train, val or test folder in it; put images into train/CLASS/ and val/CLASS/")
     names = class_names(next(iter(found.values())))
+    if own_classes:
+        names = tuple(dict.fromkeys([*names, *(name for folder in found.values() for name in class_names(folder))]))
     return ImageFolder(root, names, {split: tuple(list_items(folder, names)) for split, folder in found.items()})
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -25,6 +26,10 @@ from segvit.data.transforms import Augment, augment
 
 SHUFFLE = 1  # third word of the shuffling seed: without it epoch d would share its random numbers with draw d
 
+COLORS = 2  # likewise, of the seed that chooses whose colours an image takes
+CELL = 32  # pixels that sizes of passes are multiples of
+
+Draw = int | tuple[int, float]  # the number of a draw, and the factor of the crop at which it is wanted
 Item = tuple[Tensor, Tensor, str]  # image (3, H, W), mask (H, W), name
 
 
@@ -49,16 +54,27 @@ class Draws(TorchDataset[Item]):
     split: str = "train"
     rarity: NDArray[np.float32] | None = None  # (K,) how much rare crops seek each class
 
-    def __getitem__(self, draw: int) -> Item:
+    def __getitem__(self, wanted: Draw) -> Item:
+        draw, factor = wanted if isinstance(wanted, tuple) else (wanted, 1.0)
         epoch, place = divmod(draw, self.dataset.count(self.split))
         index = int(permutation(self.seed, epoch, self.dataset.count(self.split))[place])
         ignore = self.dataset.classes.ignore_index
         sample = _read(self.dataset, self.split, index)
-        sample = augment(sample, self.recipe, np.random.default_rng([self.seed, draw]), ignore, self.rarity)
+        rng, other = np.random.default_rng([self.seed, draw]), self.whose_colors(draw)
+        sample = augment(sample, self.recipe, rng, ignore, self.rarity, other)
         image, mask = pad(normalise(sample.image, self.spec), sample.mask, self.recipe.crop, ignore)
+        if factor != 1:
+            image, mask = at_factor(image, mask, factor)
         # torch has few operations for uint16, so ids above 255 become int32.
         kind = np.uint8 if ignore == 255 else np.int32
         return image, torch.from_numpy(mask.astype(kind, order="C")), sample.name
+
+    def whose_colors(self, draw: int) -> NDArray[np.uint8] | None:
+        """The training image whose colours a draw takes; None where it keeps its own."""
+        rng = np.random.default_rng([self.seed, draw, COLORS])
+        if not self.recipe.color_transfer or rng.random() >= self.recipe.color_transfer:
+            return None
+        return _read(self.dataset, self.split, int(rng.integers(self.dataset.count(self.split)))).image
 
 
 @dataclass(frozen=True)
@@ -72,6 +88,19 @@ class Samples(TorchDataset[Sample]):
         return _read(self.dataset, self.split, index)
 
 
+def at_factor(image: Tensor, mask: NDArray[Any], factor: float) -> tuple[Tensor, NDArray[Any]]:
+    """A normalised image (C, H, W) and its mask (H, W) at that factor of their size, in multiples of 32 pixels.
+
+    Corners fall on corners, as in the released code of DuAT; it also blends masks, where this takes the nearest pixel.
+    """
+    sides = [max(1, round(side * factor / CELL)) * CELL for side in mask.shape]
+    resized = F.interpolate(image[None], size=sides, mode="bilinear", align_corners=True)[0]
+    rows, columns = (
+        np.rint(np.linspace(0, old - 1, new)).astype(np.intp) for old, new in zip(mask.shape, sides, strict=True)
+    )
+    return resized, mask[rows[:, None], columns]
+
+
 @lru_cache(maxsize=2)
 def permutation(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
     """The order of the images in one epoch."""
@@ -79,8 +108,8 @@ def permutation(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
 
 
 def train_batches(
-    dataset: Dataset, *, spec: InputSpec, augment: Augment, seed: int, draws: Iterable[list[int]], workers: int,
-    rarity: NDArray[np.float32] | None = None,
+    dataset: Dataset, *, spec: InputSpec, augment: Augment, seed: int,
+    draws: Iterable[list[int]] | Iterable[list[Draw]], workers: int, rarity: NDArray[np.float32] | None = None,
 ) -> DataLoader[Item]:  # fmt: skip
     """A loader of `Batch`: one for each list of draw numbers, every image padded to the crop.
 

@@ -9,19 +9,22 @@ Shapes    H W image of any number of channels (saturation and hue: three). HSV i
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from segvit.contracts import Sample, Size, UserError
+from segvit.data.color_transfer import transfer_colors
 from segvit.data.resize import resize_image, resize_mask, scaled_size
 
 BRIGHTNESS = 32.0  # levels, either way
 FACTORS = (0.5, 1.5)  # of contrast and of saturation
 HUE = 18  # steps of two degrees, either way
 REDRAWS = 10  # further crops drawn while one class fills too much
+TILT = 20  # degrees, either way
 BLOCK = 64  # rows of a colour conversion worked on at once: the intermediate planes then stay in the cache
 
 # OpenCV divides through tables of 12-bit fixed-point reciprocals.
@@ -56,6 +59,12 @@ class Augment:
     `scale` is the size that ratio 1 stands for, as in `scaled_size`; without it the image's own size. `cat_max_ratio`
     is the part of a crop above which one class is too much (1 switches the rule off). `rare_crops` is the probability
     that a crop is placed around a pixel of a rare class instead, see `rare_crop`.
+
+    With `stretch` images become exactly `scale` (without it the crop) times the ratio, whatever theirs. `resize` is how
+    their pixels are made: bilinear; nearest as DuAT's loader does it; spline is TransUNet's of third order.
+    `turn` is TransUNet's turning of slices, see `random_turn`. `color_transfer` is the probability that an image takes
+    the colours of another training image. `passes` are factors of the crop at each of which a batch is used, one
+    optimiser step after the other, in multiples of 32 pixels: DuAT and its relatives take 0.75, 1 and 1.25.
     """
 
     crop: Size = (512, 512)
@@ -65,21 +74,38 @@ class Augment:
     rare_crops: float = 0.0
     flip: float = 0.5
     photometric: bool = True
+    flip_vertical: float = 0.0
+    stretch: bool = False
+    resize: Literal["bilinear", "nearest", "spline"] = "bilinear"
+    turn: Literal["none", "transunet"] = "none"
+    color_transfer: float = 0.0
+    passes: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        if not 0 <= self.rare_crops <= 1:
-            raise UserError(f"augment.rare_crops is {self.rare_crops}; it is a probability, so choose one in 0..1")
+        for name in ("rare_crops", "flip_vertical", "color_transfer"):
+            if not 0 <= vars(self)[name] <= 1:
+                raise UserError(f"augment.{name} is {vars(self)[name]}; it is a probability, so choose one in 0..1")
+        if not all(0 < factor < math.inf for factor in self.passes):
+            raise UserError(f"augment.passes is {list(self.passes)}; give positive factors of the crop, or none")
 
 
 def augment(
-    sample: Sample, recipe: Augment, rng: np.random.Generator, ignore: int, rarity: NDArray[Any] | None = None
-) -> Sample:
-    """The whole recipe; the result is at most as large as the crop (padding follows the normalisation).
+    sample: Sample, recipe: Augment, rng: np.random.Generator, ignore: int, rarity: NDArray[Any] | None = None,
+    other: NDArray[np.uint8] | None = None,
+) -> Sample:  # fmt: skip
+    """The whole recipe but `passes`; the result is at most as large as the crop (padding follows the normalisation).
 
-    `rarity` (K,), how much each class is sought, is needed where the recipe has `rare_crops`.
+    `rarity` (K,), how much each class is sought, is needed where the recipe has `rare_crops`; `other` is an image
+    (h, w, 3) whose colours are taken over.
     """
+    if other is not None:
+        sample = sample._replace(image=transfer_colors(sample.image, other))
+    if recipe.turn == "transunet":
+        sample = random_turn(sample, rng)
     sample = resize_and_crop(sample, recipe, rng, ignore, rarity)
     sample = random_flip(sample, rng, probability=recipe.flip)
+    if recipe.flip_vertical and rng.random() < recipe.flip_vertical:
+        sample = sample._replace(image=sample.image[::-1], mask=sample.mask[::-1])
     return photometric(sample, rng) if recipe.photometric else sample
 
 
@@ -92,8 +118,10 @@ def resize_and_crop(
     """
     height, width = sample.mask.shape
     ratio = rng.uniform(*recipe.ratio_range)
-    base = recipe.scale or (height, width)
-    size = scaled_size((height, width), scale=(int(base[0] * ratio), int(base[1] * ratio)))
+    base = recipe.scale or (recipe.crop if recipe.stretch else (height, width))
+    size = int(base[0] * ratio), int(base[1] * ratio)
+    if not recipe.stretch:
+        size = scaled_size((height, width), scale=size)
     mask = resize_mask(sample.mask, size)
     place = None
     if recipe.rare_crops and rng.random() < recipe.rare_crops:  # without rare crops the stream of numbers is untouched
@@ -102,8 +130,22 @@ def resize_and_crop(
         place = rare_crop(mask, recipe.crop, rarity, rng)
     top, left = place or choose_crop(mask, recipe.crop, recipe.cat_max_ratio, rng, ignore)
     high, wide = min(recipe.crop[0], size[0]), min(recipe.crop[1], size[1])
-    image = resize_image(sample.image, size, window=(top, left, high, wide))
+    if recipe.resize == "bilinear":
+        image = resize_image(sample.image, size, window=(top, left, high, wide))
+    else:
+        image = _resized(sample.image, size, recipe.resize)[top : top + high, left : left + wide]
     return sample._replace(image=image, mask=mask[top : top + high, left : left + wide])
+
+
+def _resized(image: NDArray[np.uint8], size: Size, how: Literal["nearest", "spline"]) -> NDArray[np.uint8]:
+    """(H, W, C) -> (*size, C) by the nearest pixel, or by splines of third order that meet at the corners."""
+    if how == "nearest":
+        return np.stack([resize_mask(plane, size) for plane in np.moveaxis(image, 2, 0)], axis=2)
+    from scipy import ndimage
+
+    factors = (size[0] / image.shape[0], size[1] / image.shape[1], 1)
+    values = ndimage.zoom(image.astype(np.float32), factors, order=3)
+    return np.rint(values.clip(0, 255)).astype(np.uint8)
 
 
 def choose_crop(
@@ -148,6 +190,25 @@ def random_flip(sample: Sample, rng: np.random.Generator, *, probability: float 
     """Mirror left and right with the given probability."""
     if rng.random() < probability:
         return sample._replace(image=sample.image[:, ::-1], mask=sample.mask[:, ::-1])
+    return sample
+
+
+def random_turn(sample: Sample, rng: np.random.Generator) -> Sample:
+    """TransUNet's turning of slices, which its relatives share.
+
+    Half of the samples are turned by quarters and mirrored along either axis; half of the others are tilted by up to 20
+    whole degrees, image and mask by nearest neighbour (a published oddity), with black corners of class 0.
+    """
+    if rng.random() > 0.5:
+        quarters, axis = int(rng.integers(4)), int(rng.integers(2))
+        image, mask = (np.flip(np.rot90(array, quarters), axis) for array in sample[:2])
+        return sample._replace(image=image, mask=mask)
+    if rng.random() > 0.5:
+        from scipy import ndimage
+
+        angle = int(rng.integers(-TILT, TILT))
+        image, mask = (ndimage.rotate(array, angle, order=0, reshape=False) for array in sample[:2])
+        return sample._replace(image=image, mask=mask)
     return sample
 
 

@@ -29,6 +29,8 @@ SURE = 0.9  # confidence from which a disagreement with the label is suspicious
 LEAST_SHARE = 1e-3  # of the image that a suspicious region must fill
 MAX_SUSPECTS = 12
 
+Watch = Callable[[int, Sample, NDArray[Any]], None]  # gets an image's number, the image, and the labels found (H, W)
+
 CONFIDENCE = {
     "softmax": "the softmax of the winning class",
     "share": "the winning class's share of all scores, which are sums of probabilities",
@@ -62,16 +64,18 @@ class Evaluation:
     suspects: list[Suspect] = field(default_factory=list)  # the heaviest first
     confidence: str = ""  # what confidence means here
     polyp: PolypMeasures | None = None  # only where asked for
+    volumes: dict[str, Any] | None = None  # what whoever watched made of whole volumes
 
 
 def evaluate(
     predictor: Predictor, dataset: Dataset, split: str, *, indices: Sequence[int] | None = None, workers: int = 0,
-    details: bool = False, polyp: bool = False, progress: Callable[[int, int], None] = lambda done, total: None,
+    details: bool = False, polyp: bool = False, watch: Watch | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:  # fmt: skip
     """Evaluate a split, or the images `indices` of it; `details` adds boundaries, calibration and suspicious labels.
 
-    `polyp` adds the measures of `segvit.metrics.polyp` for the second of two classes. Raises UserError for an empty
-    split, another class table, or `polyp` with more classes.
+    `polyp` adds the measures of `segvit.metrics.polyp` for the second of two classes; `watch` is told of every image.
+    Raises UserError for an empty split, another class table, or `polyp` with more classes.
     """
     classes = dataset.classes
     if polyp and len(classes) != 2:
@@ -103,6 +107,8 @@ def evaluate(
             _look_closer(result, index, sample, labels, sure)
         else:
             labels = predictor.segment(sample.image)[0]
+        if watch is not None:
+            watch(index, sample, labels)
         single.update(labels, sample.mask)
         result.confusion.add(single)
         result.image_miou[index] = float(single.metrics().miou)
@@ -188,5 +194,7 @@ def evaluation_record(evaluation: Evaluation, classes: Classes) -> dict[str, Any
         record["confidence"] = evaluation.confidence
     if evaluation.polyp is not None:
         record["polyp"] = evaluation.polyp.metrics().to_json()
+    if evaluation.volumes is not None:
+        record["volumes"] = evaluation.volumes
     record["confusion"] = evaluation.confusion.matrix.tolist()
     return record

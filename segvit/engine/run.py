@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from segvit import __version__
 from segvit.contracts import UserError
+from segvit.data.transforms import Augment
 from segvit.engine.history import METRICS, flat, parse_row, write_csv
 from segvit.engine.loggers import Logger
+from segvit.engine.settings import Optim, Schedule
 from segvit.files import open_atomic, write_json, write_text
 
 STATE = Path("checkpoints") / "last" / "state.pt"
@@ -41,6 +44,10 @@ MAY_CHANGE = {
     "skip_check",
     "resume", "overwrite", "workers", "cache", "checkpoint_every", "val_every", "val_images", "steps", "epochs", "out",
     "log", "val_pictures",
+}  # fmt: skip
+# What a run of an older version, which did not write a setting yet, had: the defaults keep what was.
+DEFAULTS = {
+    "augment": asdict(Augment(crop=(1, 1))), "optim": asdict(Optim()), "schedule": asdict(Schedule()),
 }  # fmt: skip
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -94,7 +101,9 @@ def changes(before: Any, now: Any, path: str = "") -> Iterator[str]:
     if isinstance(before, dict) and isinstance(now, dict):
         for key in sorted({*before, *now}):
             if path or key not in MAY_CHANGE:
-                yield from changes(before.get(key), now.get(key), f"{path}.{key}" if path else key)
+                inner = f"{path}.{key}" if path else key
+                known = DEFAULTS.get(path.removeprefix("settings."), {})
+                yield from changes(before.get(key, plain(known.get(key))), now.get(key), inner)
     elif before != now:
         yield f"{path}: {before} -> {now}"
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from segvit.contracts import UserError
+from segvit.engine.run import PREVIOUS_STATE, STATE
 from segvit.files import open_atomic
 
 FORMAT = 1
@@ -114,6 +115,18 @@ def newest_state(candidates: Sequence[Path]) -> tuple[dict[str, Any], Path, list
         except UserError as error:
             problems.append(str(error))
     raise UserError("; ".join(problems) or "there is no checkpoint to resume from; leave --resume out")
+
+
+def restored(folder: Path, network: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """The steps done by the last checkpoint of a run folder, which is taken up; 0 where there is none yet."""
+    places = [folder / place for place in (STATE, PREVIOUS_STATE)]
+    if not any(place.is_file() for place in places):
+        return 0
+    state, _, _ = newest_state(places)
+    network.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    restore_random(state["random"])
+    return int(state["step"])
 
 
 def copy_state(source: Path, target: Path) -> None:

@@ -48,7 +48,7 @@ class Prediction:
             raise UserError(f"label maps are saved as .png, which loses nothing; got {Path(path).name!r}")
         picture = Image.fromarray(self.labels)
         if self.labels.dtype == np.uint8:
-            picture.putpalette(_table(self.classes).tobytes())  # turns the mode from L to P; the ids stay
+            picture.putpalette(color_table(self.classes).tobytes())  # turns the mode from L to P; the ids stay
         file = io.BytesIO()
         picture.save(file, "PNG")
         write_bytes(path, file.getvalue())
@@ -121,11 +121,11 @@ class Entry(NamedTuple):
 
 def colorize(labels: NDArray[Any], classes: Classes) -> NDArray[np.uint8]:
     """Class ids (H, W) -> colours (H, W, 3); the ignore id and ids without a class are black."""
-    colors: NDArray[np.uint8] = np.take(_table(classes), labels, axis=0)
+    colors: NDArray[np.uint8] = np.take(color_table(classes), labels, axis=0)
     return colors
 
 
-def _table(classes: Classes) -> NDArray[np.uint8]:
+def color_table(classes: Classes) -> NDArray[np.uint8]:
     """The colour of every value that the label type can hold, (256 or 65536, 3)."""
     table = np.zeros((classes.ignore_index + 1, 3), np.uint8)
     table[: len(classes)] = np.array(classes.palette, np.uint8).reshape(-1, 3)

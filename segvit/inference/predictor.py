@@ -22,13 +22,15 @@ from segvit.data.arrays import Levels, eight_bits
 from segvit.data.decode import from_picture, read_image
 from segvit.data.prepare import prepare
 from segvit.inference.prediction import Prediction
+from segvit.inference.readout import best_class, prunable
 from segvit.inference.windows import WindowedScores
 
 if TYPE_CHECKING:
     from segvit.contracts import Model
 
 BAND = 2_000_000  # scores held at once (classes x rows x columns): 8 MB, close to what the caches hold
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["fp32", "bf16", "fp16", "int8"]
+Look = tuple[WindowedScores, bool]  # a view and whether it is mirrored
 
 
 class TorchRuntime:
@@ -37,6 +39,8 @@ class TorchRuntime:
     def __init__(
         self, model: Model, *, device: str | torch.device | None = None, precision: Precision = "fp32"
     ) -> None:
+        if precision == "int8":
+            raise UserError("torch runs no int8 here; use --engine openvino or onnxruntime, see segvit export")
         self.device = torch.device(device) if device else next(model.parameters()).device
         self.model = model.to(self.device).eval()
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
@@ -87,16 +91,17 @@ class Predictor:
         precision: fp32, or bf16 / fp16 for the network (scores are always read in fp32).
         views: Scales and flips to average.
         windows_at_once: Sliding windows in one forward pass; more is faster on a GPU and takes more memory.
+        prune: Leave out classes that cannot win, where that is faster; the labels are the same without.
     """
 
     def __init__(
         self, model: Model | Runtime, *, device: str | torch.device | None = None, precision: Precision = "fp32",
-        views: Views = Views(), windows_at_once: int = 1,
+        views: Views = Views(), windows_at_once: int = 1, prune: bool = True,
     ) -> None:  # fmt: skip
         if isinstance(model, torch.nn.Module):
             model = TorchRuntime(model, device=device, precision=precision)
         self.run: Runtime = model
-        self.views, self.windows_at_once = views, windows_at_once
+        self.views, self.windows_at_once, self.prune = views, windows_at_once, prune
 
     def __call__(self, source: str | Path | Image.Image | NDArray[Any] | Tensor, *, scores: bool = False) -> Prediction:
         """Segment one image: a path, a PIL image, a uint8 (H, W, C) array or a uint8 (C, H, W) tensor.
@@ -114,7 +119,14 @@ class Predictor:
         height, width = image.shape[:2]
         labels = np.empty((height, width), self.run.classes.dtype)
         kept = np.empty((len(self.run.classes), height, width), np.float16) if scores else None
-        for rows, band in self.bands(image):
+        views, step = self._looks(image)
+        single = self.prune and not scores and len(views) == 1
+        pruned = prunable(views[0][0], (height, width), step) if single else None
+        for rows, part in pruned or ():
+            labels[rows.start : rows.stop] = part.numpy()
+        if pruned:
+            return labels, None
+        for rows, band in self._bands(views, (height, width), step):
             labels[rows.start : rows.stop] = best_class(band).cpu().numpy()
             if kept is not None:
                 kept[:, rows.start : rows.stop] = band.cpu().numpy()
@@ -143,14 +155,20 @@ class Predictor:
 
     def bands(self, image: NDArray[np.uint8]) -> Iterator[tuple[range, Tensor]]:
         """Bands of class scores (K, R, W) at the image's own size, from top to bottom."""
-        size: Size = (image.shape[0], image.shape[1])
+        views, step = self._looks(image)
+        yield from self._bands(views, (image.shape[0], image.shape[1]), step)
+
+    def _looks(self, image: NDArray[np.uint8]) -> tuple[list[Look], int]:
+        """The views of an image, and how many rows a band of scores may have."""
         views = []
         for scale, flip in self.views:
             prepared = prepare(image, self.run.spec, ratio=scale, flip=flip)
             views.append((WindowedScores(self.run, prepared, at_once=self.windows_at_once), flip))
         # The network's input may be larger than the image; its share of a band must not be larger than a band.
-        largest = max(math.prod(size), *(math.prod(view.size) for view, _ in views))
-        step = max(1, BAND * size[0] // (len(self.run.classes) * largest))
+        largest = max(math.prod(image.shape[:2]), *(math.prod(view.size) for view, _ in views))
+        return views, max(1, BAND * image.shape[0] // (len(self.run.classes) * largest))
+
+    def _bands(self, views: list[Look], size: Size, step: int) -> Iterator[tuple[range, Tensor]]:
         for start in range(0, size[0], step):
             rows = range(start, min(start + step, size[0]))
             bands = (view.rows_at(size, rows).flip(-1) if flip else view.rows_at(size, rows) for view, flip in views)
@@ -165,11 +183,6 @@ def mean_softmax(bands: Iterator[Tensor], count: int) -> Tensor:
         total = band if total is None else total.add_(band)
     assert total is not None  # there is at least one view
     return total.div_(count)
-
-
-def best_class(band: Tensor) -> Tensor:
-    """The class of the highest score, the first one on ties: (K, R, W) -> (R, W) uint8, or int32 above 255 classes."""
-    return band.max(0).indices.to(torch.uint8 if len(band) <= 255 else torch.int32)
 
 
 def as_image(

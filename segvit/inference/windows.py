@@ -8,13 +8,22 @@ Shapes    K classes, H W the network's input, R rows of a band.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from segvit.contracts import Dense, Runtime, Size
 from segvit.nn.readout import bilinear_rows, source_rows
+
+
+class Input(Protocol):
+    """A prepared image (C, H, W), or what gives parts of one: a tensor will do."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __getitem__(self, window: Any) -> Tensor: ...
 
 
 class Box(NamedTuple):
@@ -44,7 +53,7 @@ def _starts(side: int, window: int, stride: int) -> list[int]:
 class WindowedScores:
     """Class scores of a prepared image (3, H, W); bands must be asked for from top to bottom."""
 
-    def __init__(self, run: Runtime, image: Tensor, *, at_once: int = 1) -> None:
+    def __init__(self, run: Runtime, image: Input, *, at_once: int = 1) -> None:
         self.run, self.image, self.at_once = run, image, at_once
         self.size: Size = (image.shape[-2], image.shape[-1])
         window, stride = run.spec.window or self.size, run.spec.stride or self.size

@@ -1,6 +1,6 @@
-"""Semantic FPN's two parts: the neck of feature pyramid networks, and the head that adds its levels and classifies.
+"""Semantic FPN's parts: the neck of feature pyramid networks, and the head that adds its levels and classifies.
 
-Neck      lateral 1x1 convolutions, a top-down sum, 3x3 convolutions.
+Neck      lateral 1x1 convolutions, a top-down sum, 3x3 convolutions; `Levels` make its maps of a ViT's.
 Head      A. Kirillov et al., "Panoptic Feature Pyramid Networks", CVPR 2019, arXiv 1901.02446.
 
 Shapes    B images, K classes, level i from fine to coarse, with C_i channels before and D after the neck.
@@ -9,11 +9,36 @@ Shapes    B images, K classes, level i from fine to coarse, with C_i channels be
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segvit.nn.rename import Rules
+
+
+class Levels(nn.Module):
+    """Maps of one stride, such as a ViT's, at four times, twice, once and half their resolution.
+
+    `places` says which of the maps each level is made from. Maps of stride 8 (`fine`) are made twice as coarse: twice,
+    once, half and a quarter.
+    """
+
+    def __init__(self, dim: int, places: Sequence[int], *, fine: bool = False) -> None:
+        super().__init__()
+        self.places, self.same, self.fine = tuple(places), 1 if fine else 2, fine  # `same`: the level as it comes
+        double = partial(nn.ConvTranspose2d, dim, dim, 2, stride=2)
+        tails: list[list[nn.Module]] = [[double(), nn.BatchNorm2d(dim), nn.GELU(), double()], [double()], [], []]
+        tails = [tails[1], [], [], []] if fine else tails
+        self.layers = nn.ModuleList(nn.Sequential(nn.GroupNorm(1, dim), *tail) for tail in tails)
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        levels = [layer(maps[place]) for layer, place in zip(self.layers, self.places, strict=True)]
+        height, width = levels[-1].shape[-2:]
+        for level in range(self.same + 1, 4):
+            side = 2 ** (level - self.same)
+            levels[level] = F.max_pool2d(levels[level], (min(height, side), min(width, side)), stride=side)
+        return levels  # of a map smaller than a window, one cell stays
 
 
 class FPN(nn.Module):

@@ -119,7 +119,7 @@ class QueryDecoder(nn.Module):
         """(B, C, h', w'), (B, M, h, w) -> embeddings (B, Q, E) and mask logits (B, Q, h, w) of every layer."""
         memory = map_tokens(self.input_proj(features))
         places = sine_places((features.shape[-2], features.shape[-1]), memory.shape[2]).to(memory)
-        positions = self.queries.expand(len(memory), -1, -1)
+        positions = self.queries.expand(memory.shape[0], -1, -1)
         x, outputs = torch.zeros_like(positions), list[tuple[Tensor, Tensor]]()
         for layer in self.layers:
             x = layer(x, memory, positions=positions, places=places)

@@ -49,7 +49,7 @@ class Prompts(nn.Module):
         return cast(Tensor, self.prompt_dropout(self.prompt_proj(own).expand(batch, -1, -1)))
 
     def forward(self, step: Step) -> Step:
-        prompts = self.tokens(0, len(step.tokens))
+        prompts = self.tokens(0, step.tokens.shape[0])
         parts = [step.tokens[:, : step.prefix], prompts, step.tokens[:, step.prefix :]]
         return step._replace(tokens=torch.cat(parts, dim=1), prefix=step.prefix + prompts.shape[1])
 
@@ -62,6 +62,6 @@ class DeepPrompts(nn.Module):
         self.shared, self.layer = (prompts,), layer  # in a tuple: the first gap has registered it
 
     def forward(self, step: Step) -> Step:
-        prompts = self.shared[0].tokens(self.layer, len(step.tokens))
+        prompts = self.shared[0].tokens(self.layer, step.tokens.shape[0])
         head = step.tokens[:, : step.prefix - prompts.shape[1]]
         return step._replace(tokens=torch.cat([head, prompts, step.tokens[:, step.prefix :]], dim=1))

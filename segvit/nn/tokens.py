@@ -5,10 +5,10 @@ Shapes    B images, N = h * w patch tokens on an h w grid, P prefix tokens (clas
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import SymInt, Tensor
 
 from segvit.contracts import Size
 
@@ -44,8 +44,14 @@ def map_tokens(features: Tensor) -> Tensor:
 def pad_to_patches(images: Tensor, patch: Size) -> Tensor:
     """Zeros at the right and the bottom up to whole patches."""
     height, width = images.shape[-2:]
-    below, right = -height % patch[0], -width % patch[1]
-    return F.pad(images, (0, right, 0, below)) if below or right else images
+    return pad_beyond(images, -height % patch[0], -width % patch[1])
+
+
+def pad_beyond(images: Tensor, below: int | SymInt, right: int | SymInt) -> Tensor:
+    """That many rows of zeros at the bottom and columns at the right."""
+    if isinstance(below, int) and isinstance(right, int) and not below and not right:  # a traced size stays open
+        return images
+    return F.pad(images, cast("tuple[int, ...]", (0, right, 0, below)))
 
 
 def resize_positions(positions: Tensor, *, old: Size, new: Size, mode: str = "bicubic") -> Tensor:
@@ -53,7 +59,7 @@ def resize_positions(positions: Tensor, *, old: Size, new: Size, mode: str = "bi
 
     Never antialiased: some exported runtimes silently ignore that flag, and the originals do not use it.
     """
-    if old == new:
+    if all(isinstance(side, int) for side in new) and old == new:  # in a traced graph any size may come later
         return positions
     maps = positions.mT.unflatten(2, old)
     return F.interpolate(maps, size=new, mode=mode, align_corners=False).flatten(2).mT

@@ -35,7 +35,7 @@ from segvit.losses.adversarial import one_hot
 from segvit.losses.cross_entropy import logits_at, pixel_counts, pixel_cross_entropy
 from segvit.nn.readout import logit_rows
 from segvit.nn.rename import Rules, rename
-from segvit.nn.tokens import map_tokens, pad_to_patches, resize_positions
+from segvit.nn.tokens import map_tokens, pad_beyond, pad_to_patches, resize_positions
 
 CELL, LEAST = 16, 32  # images are padded to whole cells and to that many pixels a side
 GROUPS = 32  # of the normalisation layers
@@ -97,7 +97,8 @@ class ResNetV2(nn.Module):
 
     def forward(self, images: Tensor) -> Features:
         images = pad_to_patches(images, (CELL, CELL))
-        images = F.pad(images, (0, max(0, LEAST - images.shape[-1]), 0, max(0, LEAST - images.shape[-2])))
+        below, right = (torch.sym_max(0, LEAST - side) for side in images.shape[-2:])
+        images = pad_beyond(images, below, right)
         maps = self.maps(images)
         height, width = images.shape[-2:]
         padded = fill(maps[1], (height // 4, width // 4))
@@ -149,12 +150,11 @@ class Sampler(nn.Module):
 
     def steps(self, features: Tensor) -> Iterator[Sampled]:
         """Every step; an offset learns through the sampling that follows it alone."""
-        height, width = features.shape[-2:]
         features = features.to(torch.promote_types(features.dtype, torch.float32))
-        size = features.new_tensor((height, width))
+        size = cells(features)
         centre = (torch.arange(self.grid, device=features.device, dtype=features.dtype) + 0.5) / self.grid
         points = torch.stack(torch.meshgrid(centre, centre, indexing="ij"), -1).flatten(0, 1) * size
-        points, tokens = points.expand(len(features), -1, -1), None
+        points, tokens = points.expand(features.shape[0], -1, -1), None
         for number, layer in enumerate(self.layers):
             seen = sample_points(features, points) + self.position(points.detach() / size)
             tokens = layer(seen if tokens is None else seen + tokens)
@@ -166,11 +166,15 @@ class Sampler(nn.Module):
             points = points.detach() + offsets
 
 
+def cells(features: Tensor) -> Tensor:
+    """Height and width of a map (2,), as a tensor that a traced graph computes."""
+    height, width = (torch.scalar_tensor(side) for side in features.shape[-2:])
+    return torch.stack((height, width)).to(features)
+
+
 def sample_points(features: Tensor, points: Tensor) -> Tensor:
     """Bilinear samples (B, N, d) of a map at (row, column) in cells, whose centres are whole numbers; 0 outside."""
-    height, width = features.shape[-2:]
-    size = points.new_tensor((width, height))
-    places = (2 * points.flip(-1) + 1) / size - 1
+    places = (2 * points.flip(-1) + 1) / cells(features).flip(0) - 1
     return F.grid_sample(features, places[:, :, None], align_corners=False)[..., 0].mT
 
 
@@ -271,7 +275,7 @@ class Critic(nn.Module):
         x = self.embed(self.backbone(images).maps[-1])
         grid = (x.shape[-2], x.shape[-1])
         tokens = map_tokens(x) + resize_positions(self.positions, old=self.grid, new=grid)
-        x = self.norm(self.blocks(torch.cat([self.cls_token.expand(len(x), -1, -1), tokens], 1)))
+        x = self.norm(self.blocks(torch.cat([self.cls_token.expand(x.shape[0], -1, -1), tokens], 1)))
         return self.head(x[:, 0])[:, 0]
 
 

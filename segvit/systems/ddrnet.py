@@ -173,7 +173,7 @@ class DDRNet(nn.Module):
 
     def forward(self, images: Tensor) -> Dense:
         norm = self.spp.scale4[1]
-        if len(images) == 1 and norm.training and isinstance(norm, nn.BatchNorm2d):
+        if norm.training and isinstance(norm, nn.BatchNorm2d) and len(images) == 1:
             raise UserError(
                 "DDRNet normalises over a batch what it has pooled over whole images, so it cannot train on single "
                 "images; raise batch_size or lower accumulate until 2 or more go through at once"

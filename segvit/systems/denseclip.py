@@ -34,7 +34,7 @@ from segvit.contracts import Dense, Features, Readout, Size, UserError
 from segvit.losses.cross_entropy import logits_at, pixel_counts, pixel_cross_entropy
 from segvit.losses.pixel import pixel_losses
 from segvit.nn.attention import join_heads, split_heads
-from segvit.nn.fpn import FPN, FPN_RULES, HEAD_RULES, FPNHead
+from segvit.nn.fpn import FPN, FPN_RULES, HEAD_RULES, FPNHead, Levels
 from segvit.nn.readout import logit_rows
 from segvit.nn.rename import Rules, rename
 from segvit.nn.tokens import map_tokens
@@ -44,7 +44,7 @@ from segvit.text.tokenize import tokenize, word_pieces
 from segvit.text.tower import TextTower, build_text, end_positions, insert_context
 
 STRIDES = (4, 8, 16, 32)
-Prompting = Literal["post", "pre"]
+Prompting = Literal["post", "pre", "fixed"]  # fixed: post, and vectors in the place of the text tower
 
 
 class Attention(nn.Module):
@@ -143,8 +143,12 @@ class PostModel(nn.Module):
             self.read = state, self.words(self.contexts)
         return self.read[1]
 
+    def fix(self, vectors: Tensor) -> None:
+        """Put the names' vectors (1, K, E) in the place of the text tower."""
+        self.fixed, self.words, self.read = vectors, nn.Identity(), None
+
     def forward(self, visual: Tensor) -> Tensor:
-        texts = self.plain().expand(len(visual), -1, -1)
+        texts = self.plain().expand(visual.shape[0], -1, -1)
         return cast(Tensor, texts + self.gamma * self.decoder(texts, visual))
 
 
@@ -160,30 +164,10 @@ class PreModel(nn.Module):
 
     def contexts(self, visual: Tensor) -> Tensor:
         """(B, N, E) -> (B, n, D)."""
-        return cast(Tensor, self.project(self.decoder(self.queries.expand(len(visual), -1, -1), visual)))
+        return cast(Tensor, self.project(self.decoder(self.queries.expand(visual.shape[0], -1, -1), visual)))
 
     def forward(self, visual: Tensor) -> Tensor:
         return cast(Tensor, self.words(self.contexts(visual)))
-
-
-class Levels(nn.Module):
-    """Maps of one stride, such as a ViT's, at four times, twice, once and half their resolution.
-
-    `places` says which of the maps each level is made from.
-    """
-
-    def __init__(self, dim: int, places: Sequence[int]) -> None:
-        super().__init__()
-        self.places = tuple(places)
-        double = partial(nn.ConvTranspose2d, dim, dim, 2, stride=2)
-        tails: list[list[nn.Module]] = [[double(), nn.BatchNorm2d(dim), nn.GELU(), double()], [double()], [], []]
-        self.layers = nn.ModuleList(nn.Sequential(nn.GroupNorm(1, dim), *tail) for tail in tails)
-
-    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        levels = [layer(maps[place]) for layer, place in zip(self.layers, self.places, strict=True)]
-        height, width = levels[-1].shape[-2:]
-        levels[-1] = F.max_pool2d(levels[-1], (min(height, 2), min(width, 2)), stride=2)  # one cell stays one
-        return levels
 
 
 class DenseCLIP(nn.Module):
@@ -226,8 +210,7 @@ def fix_words(model: DenseCLIP) -> None:
     if not isinstance(model.prompting, PostModel):
         raise UserError("with pre-model prompting the words depend on the image; fix them with prompting post only")
     with torch.no_grad():
-        model.prompting.fixed = model.prompting.plain()
-    model.prompting.words = nn.Identity()
+        model.prompting.fix(model.prompting.plain().clone())
 
 
 READOUT = Readout(logit_rows)
@@ -264,10 +247,16 @@ def build_prompting(
     found: Checkpoint, names: Sequence[Name] | None, *, num_classes: int, how: Prompting, text_length: int | None,
     num_contexts: int, decoder: Callable[[int], ContextDecoder],
 ) -> PostModel | PreModel:  # fmt: skip
-    """The text side for the names, or for numbers where there are none.
+    """The text side for the names, or for numbers where there are none; fixed ones come with the weights.
 
     Raises UserError for another number of names than classes, for synonyms, and for repeated, empty or long names.
     """
+    if how == "fixed":
+        with torch.device("meta"):  # where a tower costs nothing
+            absent = Words(TextTower(found.text_config()), torch.zeros(num_classes, 2))
+        fixed = PostModel(absent, decoder(absent.tower.embed_dim), num_contexts=num_contexts)
+        fixed.fix(torch.zeros(1, num_classes, absent.tower.embed_dim))
+        return fixed
     chosen = [f"class {number}" for number in range(num_classes)] if names is None else names
     sentences = class_sentences(chosen, templates="name")
     if len(sentences) != num_classes or max(map(len, sentences)) > 1:
@@ -298,7 +287,8 @@ def clip_tower(
         raise UserError(f"out_indices is {out_indices}; give four of the {depth} blocks")
     blocks = sorted({*wanted, depth - 1})  # the joint space comes behind the last one
     vit = build(out_indices=blocks, checkpointing=checkpointing, doubled_class=True)
-    return vit, Levels(found.vision.width, [blocks.index(index) for index in wanted])
+    places = [blocks.index(index) for index in wanted]
+    return vit, Levels(found.vision.width, places, fine=found.vision.patch_size == 8)
 
 
 def assemble(
@@ -336,8 +326,8 @@ def denseclip_clip(
     )  # fmt: skip
     dims = backbone.dims if isinstance(backbone, ClipResNet) else (backbone.dim,) * 4
     return assemble(
-        backbone, words, dims=dims, strides=STRIDES, scored=3 if levels is None else 2, num_classes=num_classes,
-        fpn_dim=fpn_dim, head_dim=head_dim, dropout=dropout, levels=levels,
+        backbone, words, dims=dims, strides=STRIDES, scored=3 if levels is None else levels.same,
+        num_classes=num_classes, fpn_dim=fpn_dim, head_dim=head_dim, dropout=dropout, levels=levels,
     )  # fmt: skip
 
 

@@ -5,9 +5,11 @@ Paper     Y. Xing et al., "Dual Modality Prompt Tuning for Vision-Language Pre-T
 Found     A frozen CLIP without prompts picks the likeliest classes of an image; their learned texts make the
           class-aware prompts. Three sets of logits train, one predicts. Official models come in through `convert`.
 Proposed  `dense_logits`, which compares each patch with the learned texts. The paper has no dense prediction.
-Not here  It is not in the zoo: the loss changes with the epoch and the output is of images, which the engine's tasks
-          do not know. It trains with a loop of one's own over `losses` and `parameter_groups`. Accuracies of the paper
-          were not reproduced.
+Use       `segvit classify train --model dpt_clip_vit_base`. The phase of the loss follows from the steps trained so
+          far. Without visual prompts (`bottom_limit` the depth + 1, `length` 0, `general_steps` 0) this is CoOp, which
+          is zsseg's prompt learning when the images are crops of regions (`segvit clip crops`, `segvit clip words`).
+Not here  Three SGD optimisers with rates of their own: `parameter_groups` has them for a loop of one's own. Accuracies
+          of the paper were not reproduced.
 Checked   tests/golden/dpt_cavpt__full_model (fanrena/DPT), outputs, losses and gradients.
 
 Shapes    B images, K classes, E joint channels, P selected classes, G blocks with class-aware prompts, h w grid.
@@ -15,7 +17,9 @@ Shapes    B images, K classes, E joint channels, P selected classes, G blocks wi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,22 +27,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segvit.adapters.cavpt import Position, TextPrompts, VisualPrompts
-from segvit.backbones.clip import Towers, rename_vit
+from segvit.backbones.clip import Towers, build_backbone, rename_vit
 from segvit.backbones.vit import PlainViT
-from segvit.contracts import Features, UserError
+from segvit.contracts import Dense, Features, Readout, UserError
+from segvit.nn.readout import logit_rows
 from segvit.nn.rename import Rules, rename
 from segvit.nn.tokens import Step
+from segvit.text.checkpoint import named_clip
 from segvit.text.embeddings import class_embeddings
+from segvit.text.tower import build_text
 
-TEMPLATES = {  # of the paper's datasets; all others have "a photo of a {}."
-    "OxfordPets": "a photo of a {}, a type of pet.",
-    "OxfordFlowers": "a photo of a {}, a type of flower.",
-    "FGVCAircraft": "a photo of a {}, a type of aircraft.",
-    "DescribableTextures": "{} texture.",
-    "EuroSAT": "a centered satellite photo of {}.",
-    "Food101": "a photo of {}, a type of food.",
-    "UCF101": "a photo of a person doing {}.",
-}
+EXTRAS = ("text_logits", "image_logits", "selected", "class_logits")  # of `Outputs`, in their order
 
 
 class Encoded(NamedTuple):
@@ -66,14 +65,16 @@ class DualPromptClip(nn.Module):
 
     `context`, `position` and `class_specific` are those of `TextPrompts`; `bottom_limit` (the depth by default),
     `length`, `key_dim` and `extra_keys` those of `VisualPrompts`. `class_prompts` classes at most are selected for an
-    image. `template` is the sentence of the frozen branch, such as one of `TEMPLATES`. Raises
-    UserError for a ResNet, and for an empty or repeated name.
+    image. `template` is the sentence of the frozen branch, or a name of `segvit.text.templates`; the paper has pets,
+    flowers, aircraft, texture, satellite, food, action, and photo for all others. The first `general_steps` of training
+    are the loss's first phase. Raises UserError for a ResNet, and for an empty or repeated name.
     """
 
     def __init__(
         self, towers: Towers, names: Sequence[str], *, template: str = "a photo of a {}.",
         context: int | str = 16, position: Position = "end", class_specific: bool = False, length: int = 10,
         class_prompts: int = 10, bottom_limit: int | None = None, key_dim: int = 32, extra_keys: int = 10,
+        general_steps: int = 0,
     ) -> None:  # fmt: skip
         super().__init__()
         if not isinstance(towers.image, PlainViT):
@@ -83,10 +84,18 @@ class DualPromptClip(nn.Module):
         if class_prompts < 1:
             raise UserError(f"class_prompts is {class_prompts}; select 1 class or more")
         self.image, self.text = towers.image.requires_grad_(False), towers.text.requires_grad_(False)
-        self.class_prompts = min(class_prompts, len(names))
+        self.mean, self.std = towers.image.mean, towers.image.std
+        self.class_prompts, self.general_steps = min(class_prompts, len(names)), general_steps
+        self.steps: Tensor
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
         self.general: Tensor
         plain = [name.replace("_", " ") for name in names]
-        self.register_buffer("general", class_embeddings(self.text, plain, templates=(template,), cache=False))
+        known = not self.text.text_projection.is_meta  # else there is only a shape to know
+        general = (
+            class_embeddings(self.text, plain, templates=template, cache=False) if known
+            else torch.empty(len(names), self.text.embed_dim)
+        )  # fmt: skip
+        self.register_buffer("general", general)
         self.logit_scale: Tensor
         self.register_buffer("logit_scale", torch.tensor(towers.logit_scale))
         depth = len(self.image.blocks)
@@ -122,7 +131,17 @@ class DualPromptClip(nn.Module):
         """Scaled cosines of (..., E) and (K, E): (..., K)."""
         return self.logit_scale.exp() * F.normalize(vectors, dim=-1) @ F.normalize(texts, dim=-1).T
 
-    def forward(self, images: Tensor) -> Outputs:
+    def forward(self, images: Tensor) -> Dense:
+        """Logits as a map of one cell (B, K, 1, 1), as classifiers give them; the others are in `extras`."""
+        out = self.outputs(images)
+        extras = dict(zip(EXTRAS, out[1:], strict=True))
+        early = (self.steps < self.general_steps).expand(images.shape[0])
+        if self.training:
+            self.steps = self.steps + 1
+        return Dense(out.logits[..., None, None], extras | {"early": early}, (images.shape[-2], images.shape[-1]))
+
+    def outputs(self, images: Tensor) -> Outputs:
+        """The three sets of logits and the auxiliary ones."""
         coded = self.encode(images)
         pooled = coded.features.pooled
         assert pooled is not None
@@ -137,9 +156,31 @@ class DualPromptClip(nn.Module):
         return self.similarity(coded.features.extras["dense"].movedim(1, -1), coded.texts).movedim(-1, 1)
 
 
+READOUT = Readout(logit_rows)
+
+
+def normalisers(labels: Tensor) -> dict[str, Tensor]:
+    """The number of images."""
+    return {"images": torch.tensor(float(len(labels)), device=labels.device)}
+
+
+def criterion(
+    out: Dense, labels: Tensor, totals: dict[str, Tensor], *, label_smoothing: float = 0.0, prompt_weight: float = 0.1,
+    class_weight: float = 0.3,
+) -> dict[str, Tensor]:  # fmt: skip
+    """`losses` of labels (B,) in the phase that the output belongs to, over the images of the whole batch."""
+    parts = Outputs(out.logits.flatten(1), *(out.extras[name] for name in EXTRAS))
+    terms = losses(
+        parts, labels.long(), epoch=1 - int(out.extras["early"][0]), general_epochs=1, prompt_weight=prompt_weight,
+        class_weight=class_weight, label_smoothing=label_smoothing,
+    )  # fmt: skip
+    share = len(labels) / totals["images"]
+    return {name if name != "loss" else "loss_both": share * value for name, value in terms.items()}
+
+
 def losses(
     out: Outputs, labels: Tensor, *, epoch: int, general_epochs: int = 30, prompt_weight: float = 0.1,
-    class_weight: float = 0.3,
+    class_weight: float = 0.3, label_smoothing: float = 0.0,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Weighted terms for labels (B,); their sum is the loss.
 
@@ -148,13 +189,13 @@ def losses(
     true class, and is left out when it was selected for no image. `class_weight` is alpha, 0.3 in the official script
     and 1.0 in the official configuration.
     """
-    terms = {"loss": F.cross_entropy(out.logits, labels)}
+    entropy = partial(F.cross_entropy, label_smoothing=label_smoothing)
+    terms = {"loss": entropy(out.logits, labels)}
     if epoch < general_epochs:
         terms = {
-            "loss_text": F.cross_entropy(out.text_logits, labels),
-            "loss_image": F.cross_entropy(out.image_logits, labels),
+            "loss_text": entropy(out.text_logits, labels), "loss_image": entropy(out.image_logits, labels),
             "loss": prompt_weight * terms["loss"],
-        }
+        }  # fmt: skip
     images, slots = (out.selected == labels[:, None]).nonzero(as_tuple=True)
     about = out.class_logits[images, :, slots]  # (hits, G, K)
     if about.numel():
@@ -170,6 +211,33 @@ def parameter_groups(model: DualPromptClip) -> list[dict[str, Any]]:
         {"params": list(model.text_prompts.parameters()), "lr": 0.002},
     ]
 
+
+def dpt_clip(
+    *, num_classes: int, class_names: Sequence[str] | None = None, clip: str = "ViT-B-16-quickgelu",
+    weights: str | None = None, image_size: int | None = None, template: str = "photo", context: int | str = 16,
+    position: Position = "end", class_specific: bool = False, length: int = 10, class_prompts: int = 10,
+    bottom_limit: int | None = None, key_dim: int = 32, extra_keys: int = 10, general_steps: int = 1000,
+    embed_dim: int | None = None, vision: dict[str, Any] | None = None, text: dict[str, Any] | None = None,
+) -> DualPromptClip:  # fmt: skip
+    """The classifier on both towers of `clip`, a name of open_clip, with `weights`: a tag such as `openai`, or a file.
+
+    `embed_dim`, `vision` and `text` change the towers' sizes for training from nothing; see `DualPromptClip` for the
+    rest. `general_steps` is half a run in the paper. Raises UserError for another number of names than classes.
+    """
+    names = [f"class {number}" for number in range(num_classes)] if class_names is None else class_names
+    if len(names) != num_classes:
+        raise UserError(f"class_names has {len(names)} entries, but the model has {num_classes} classes")
+    found = named_clip(clip, weights, embed_dim=embed_dim, vision=vision, text=text)
+    scale = math.log(1 / 0.07) if found.state is None else found.state["logit_scale"].item()
+    return DualPromptClip(
+        Towers(build_backbone(found, image_size=image_size), build_text(found), scale), names, template=template,
+        context=context, position=position, class_specific=class_specific, length=length, class_prompts=class_prompts,
+        bottom_limit=bottom_limit, key_dim=key_dim, extra_keys=extra_keys, general_steps=general_steps,
+    )  # fmt: skip
+
+
+dpt_clip_vit_base = partial(dpt_clip, clip="ViT-B-16-quickgelu")
+dpt_clip_vit_base_patch32 = partial(dpt_clip, clip="ViT-B-32-quickgelu")
 
 SHARED = r"^zeroshot_clip_image_encoder\."  # the image tower once more
 RULES: Rules = (

@@ -7,8 +7,8 @@ Idea      The mean of support features under the mask is a prototype; the cosine
           learner by an ASPP, and BAM takes off what a PSPNet knows to be a class of training.
 Differs   from the official code: any image size (theirs needs square ones, with sides 8 n + 1); ResNets only, no VGG.
           BAM's meta learner alone is what the SVF tables call baseline (inferred, the paper does not say); without
-          `shot` it takes the mean over any number of supports. BAM's base learner is run, not trained: its weights
-          come from a file.
+          `shot` it takes the mean over any number of supports. BAM's base learner is trained before, by
+          `tasks.few_shot_base`, or comes from an official file.
 Checked   tests/golden/few_shot_segmentation__*, svf__few_shot_baseline (dvlab-research/PFENet, chunbolang/BAM).
 
 Shapes    B episodes, K supports, H W pixels, h w grid of stride 8, C features, d width of the head, N base classes.
@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segvit.backbones.deep_stem import STAGES, DeepStemResNet, deep_stem_resnet
+from segvit.backbones.deep_stem import DEPTHS, STAGES, DeepStemResNet, deep_stem_resnet
 from segvit.contracts import Dense, Size, UserError
 from segvit.losses.cross_entropy import pixel_counts, pixel_cross_entropy
 from segvit.nn.rename import Rules, rename
@@ -32,6 +32,14 @@ from segvit.nn.rename import Rules, rename
 EPS, AREA = 1e-7, 5e-4  # of cosines and of the prior's range; added to the area of a mask in cells
 DILATIONS = (6, 12, 18)  # of BAM's ASPP
 PSP_BINS = (1, 2, 3, 6)
+
+
+class Supports(NamedTuple):
+    """All that a query needs of its supports."""
+
+    prototypes: Tensor  # (B, K, d)
+    deepest: Tensor  # (B, K, C4, h, w), zero outside the masks
+    grams: Tensor  # (B, K, C, C) of shallow features
 
 
 class Matches(NamedTuple):
@@ -61,21 +69,23 @@ class Matcher(nn.Module):
         self.backbone.eval()
         return self
 
-    def forward(self, query: Tensor, supports: Tensor, masks: Tensor) -> Matches:
-        shots = masks.shape[1]
-        query_maps, support_maps = self.backbone(query), self.backbone.until_third(supports.flatten(0, 1))
-        size = size_of(support_maps[3])
-        inside = resize((masks == 1).to(query.dtype).flatten(0, 1)[:, None], size)  # (BK, 1, h, w)
-        deep = self.backbone.layer4(support_maps[3] * inside)
-        reduced = self.down_support(torch.cat([support_maps[3], support_maps[2]], 1))
+    def describe(self, images: Tensor, masks: Tensor) -> Supports:
+        """Supports (B, K, 3, H, W) and their masks (B, K, H, W), 1 the object, as queries need them."""
+        maps, shots = self.backbone.until_third(images.flatten(0, 1)), (-1, masks.shape[1])
+        inside = resize((masks == 1).to(images.dtype).flatten(0, 1)[:, None], size_of(maps[3]))  # (BK, 1, h, w)
+        deep = self.backbone.layer4(maps[3] * inside)
+        reduced = self.down_support(torch.cat([maps[3], maps[2]], 1))
         prototypes = (reduced * inside).sum((2, 3)) / (inside.sum((2, 3)) + AREA)
-        priors = prior(query_maps[4].repeat_interleave(shots, 0), deep * inside)
-        grams = gram(query_maps[self.gram_stage])[:, None] - gram(support_maps[self.gram_stage]).unflatten(
-            0, (-1, shots)
-        )
+        found = (prototypes, deep * inside, gram(maps[self.gram_stage]))
+        return Supports(*(value.unflatten(0, shots) for value in found))
+
+    def forward(self, query: Tensor, supports: Supports) -> Matches:
+        maps, shots = self.backbone(query), supports.deepest.shape[1]
+        priors = prior(maps[4].repeat_interleave(shots, 0), supports.deepest.flatten(0, 1))
+        grams = gram(maps[self.gram_stage])[:, None] - supports.grams
         return Matches(
-            self.down_query(torch.cat([query_maps[3], query_maps[2]], 1)), prototypes.unflatten(0, (-1, shots)),
-            priors.unflatten(0, (-1, shots)), grams.norm(dim=(2, 3)) / grams.shape[-1], query_maps[4],
+            self.down_query(torch.cat([maps[3], maps[2]], 1)), supports.prototypes,
+            priors.unflatten(0, (-1, shots)), grams.norm(dim=(2, 3)) / grams.shape[-1], maps[4],
         )  # fmt: skip
 
 
@@ -143,7 +153,7 @@ class ASPP(nn.Module):
 class BaseLearner(nn.Module):
     """PSPNet's head on the deepest map: logits (B, 1 + N, h, w) of background and the classes of training."""
 
-    def __init__(self, inputs: int, classes: int, *, hidden: int, bins: Sequence[int]) -> None:
+    def __init__(self, inputs: int, classes: int, *, hidden: int, bins: Sequence[int] = PSP_BINS) -> None:
         super().__init__()
         part = inputs // len(bins)
         self.pools = nn.ModuleList(
@@ -179,10 +189,15 @@ class MetaLearner(nn.Module):
         self.classify = classifier(dim)
 
     def forward(self, query: Tensor, supports: Tensor, masks: Tensor) -> Dense:
-        found = self.matcher(query, supports, masks)
+        return self.segment(query, self.matcher.describe(supports, masks))
+
+    def segment(self, query: Tensor, supports: Supports) -> Dense:
+        """The same with supports that are described already."""
+        found = self.matcher(query, supports)
         # One support has weight 1 also in a network that was made for several.
-        weights = torch.full_like(found.distances, 1 / masks.shape[1])
-        if self.weights is not None and masks.shape[1] > 1:
+        shots = found.distances.shape[1]
+        weights = torch.full_like(found.distances, 1 / shots)
+        if self.weights is not None and shots > 1:
             weights = self.weights(found.distances)
         prototype = torch.einsum("bk,bkd->bd", weights, found.prototypes)[..., None, None]
         prior_mask = torch.einsum("bk,bkhw->bhw", weights, found.priors)[:, None]
@@ -211,6 +226,11 @@ class BAM(nn.Module):
         for conv in (self.gram_merge, self.base_merge):  # starts as the meta learner alone
             conv.weight.data = torch.tensor([1.0, 0.0]).view(1, 2, 1, 1)
 
+    @property
+    def matcher(self) -> Matcher:
+        """The meta learner's."""
+        return self.meta.matcher
+
     def train(self, mode: bool = True) -> BAM:
         """The base learner stays as it was trained."""
         super().train(mode)
@@ -218,7 +238,11 @@ class BAM(nn.Module):
         return self
 
     def forward(self, query: Tensor, supports: Tensor, masks: Tensor, base_class: Tensor | None = None) -> Dense:
-        out = self.meta(query, supports, masks)
+        return self.segment(query, self.matcher.describe(supports, masks), base_class)
+
+    def segment(self, query: Tensor, supports: Supports, base_class: Tensor | None = None) -> Dense:
+        """The same with supports that are described already."""
+        out = self.meta.segment(query, supports)
         base = self.base(out.extras["deepest"])
         others = base.softmax(1).clone()
         others[:, 0] = 0
@@ -251,7 +275,11 @@ class PFENet(nn.Module):
         self.classify = classifier(dim)
 
     def forward(self, query: Tensor, supports: Tensor, masks: Tensor) -> Dense:
-        found = self.matcher(query, supports, masks)
+        return self.segment(query, self.matcher.describe(supports, masks))
+
+    def segment(self, query: Tensor, supports: Supports) -> Dense:
+        """The same with supports that are described already."""
+        found = self.matcher(query, supports)
         prototype, prior_mask = found.prototypes.mean(1)[..., None, None], found.priors.mean(1, keepdim=True)
         extras = {
             "query": found.query,
@@ -297,9 +325,14 @@ normalisers = partial(pixel_counts, num_classes=2)
 
 
 def criterion(
-    out: Dense, masks: Tensor, totals: dict[str, Tensor], *, ignore_index: int = 255, inner_weight: float = 1.0
-) -> dict[str, Tensor]:
-    """Cross entropy with the query's mask (0, 1, ignored), and that of PFENet's inner logits or BAM's meta logits."""
+    out: Dense, masks: Tensor, totals: dict[str, Tensor], *, base_masks: Tensor | None = None,
+    ignore_index: int = 255, inner_weight: float = 1.0,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Cross entropy with the query's mask (0, 1, ignored), and that of PFENet's inner logits or BAM's meta logits.
+
+    With `base_masks`, the query's pixels as 0 and base classes from 1, BAM's base logits too: its base learner is
+    frozen, but not a backbone that is tuned beneath it.
+    """
     entropy = partial(pixel_cross_entropy, masks=masks, total=totals["valid"], ignore_index=ignore_index)
     losses = {"loss_ce": entropy(out.logits.float())}
     inner = [value for name, value in out.extras.items() if name.startswith("inner_")]
@@ -308,31 +341,50 @@ def criterion(
         losses["loss_inner"] = inner_weight * torch.stack(terms).mean()
     if "base" in out.extras:
         losses["loss_meta"] = entropy(out.extras["meta"].float())
+        if base_masks is not None:
+            losses["loss_base"] = pixel_cross_entropy(
+                out.extras["base"].float(), base_masks, total=(base_masks != ignore_index).sum(),
+                ignore_index=ignore_index,
+            )  # fmt: skip
     return losses
 
 
+Network = MetaLearner | PFENet | BAM
+
+
 def few_shot(
-    *, head: Literal["baseline", "pfenet"], backbone: str = "resnet50", weights: str | None = None, dim: int = 256,
-    shot: int | None = None, bins: Sequence[float] = (60, 30, 15, 8),
-) -> MetaLearner | PFENet:  # fmt: skip
+    *, head: Literal["baseline", "pfenet", "bam"], backbone: str = "resnet50", weights: str | None = None,
+    dim: int = 256, shot: int | None = None, bins: Sequence[float] = (60, 30, 15, 8), base_classes: int | None = None,
+    base_hidden: int = 512,
+) -> Network:  # fmt: skip
     """A few-shot network with a frozen backbone; `weights` are the backbone's, and `dim` is the head's width.
 
-    `shot` gives the baseline BAM's learned weights for that many supports; `bins` are PFENet's scales.
-    Raises UserError for an unknown backbone and for weights that do not fit.
+    `shot` gives baseline and BAM learned weights for that many supports; `bins` are PFENet's scales. BAM's base learner
+    has `base_classes` classes and `base_hidden` channels before the last layer.
+    Raises UserError for an unknown backbone, weights that do not fit and BAM without classes.
     """
     matcher = Matcher(deep_stem_resnet(backbone, weights=weights).requires_grad_(False), dim)
     if head == "pfenet":
         if shot is not None:
-            raise UserError("shot is for the baseline's learned weights; PFENet takes the mean, leave it out")
+            raise UserError("shot is for learned weights of supports; PFENet takes the mean, leave it out")
         return PFENet(matcher, dim, bins=bins)
-    return MetaLearner(matcher, dim, weights=ShotWeights(shot, 2) if shot is not None and shot > 1 else None)
+    meta = MetaLearner(matcher, dim, weights=ShotWeights(shot, 2) if shot is not None and shot > 1 else None)
+    if head == "baseline":
+        return meta
+    if base_classes is None:
+        raise UserError("BAM needs a base learner; train one with segvit few_shot train_base and give --base its run")
+    return BAM(meta, BaseLearner(matcher.backbone.dims[-1], base_classes, hidden=base_hidden))
 
 
-FEW_SHOT: dict[str, Callable[..., MetaLearner | PFENet]] = {
-    "few_shot_baseline_resnet50": partial(few_shot, head="baseline"),
-    "few_shot_baseline_resnet101": partial(few_shot, head="baseline", backbone="resnet101"),
-    "pfenet_resnet50": partial(few_shot, head="pfenet"),
-    "pfenet_resnet101": partial(few_shot, head="pfenet", backbone="resnet101"),
+HEADS: dict[str, Literal["baseline", "pfenet", "bam"]] = {
+    "few_shot_baseline": "baseline",
+    "pfenet": "pfenet",
+    "bam": "bam",
+}
+FEW_SHOT: dict[str, Callable[..., Network]] = {
+    f"{name}_{backbone}": partial(few_shot, head=head, backbone=backbone)
+    for name, head in HEADS.items()
+    for backbone in DEPTHS
 }
 
 COMMON: Rules = (

@@ -28,7 +28,8 @@ from timm.models import FeatureListNet
 from torch import Tensor, nn
 
 from segvit.backbones.pyramid import Pyramid, pyramid
-from segvit.contracts import Dense, Size, UserError
+from segvit.contracts import Dense, Readout, Size, UserError
+from segvit.nn.readout import logit_rows
 from segvit.nn.rename import Rules, rename
 from segvit.nn.tokens import pad_to_patches
 
@@ -214,6 +215,9 @@ def shallow_map(backbone: Pyramid, images: Tensor, stage: int) -> Tensor:
     return x[..., : -(-images.shape[-2] // stride), : -(-images.shape[-1] // stride)]
 
 
+READOUT = Readout(logit_rows)
+
+
 def criterion(
     out: Dense, labels: Tensor, totals: dict[str, Tensor], *, label_smoothing: float = 0.0
 ) -> dict[str, Tensor]:  # fmt: skip
@@ -235,22 +239,25 @@ def normalisers(labels: Tensor) -> dict[str, Tensor]:
 
 def frpt(
     *, num_classes: int, form: Form = "paper", backbone: str = "resnet50", weights: str | None = None,
-    bottleneck_dim: int | None = None, size: int | None = None,
+    bottleneck_dim: int | None = None, kernel: int | None = None, size: int | None = None,
 ) -> FRPT:  # fmt: skip
     """FRPT on any feature pyramid of timm that is made of stages; `weights` are the backbone's, see `pyramid`.
 
-    `bottleneck_dim` belongs to the paper's head. `size` is the side of the released sampler's images, None = 224; the
-    paper's keep their size. Raises UserError for an option of the other form and for what `pyramid` refuses.
+    `bottleneck_dim` belongs to the paper's head and `kernel` to its prompt, None = 31; at least half the width of the
+    first map, says the paper. `size` is the side of the released sampler's images, None = 224; the paper's keep theirs.
+    Raises UserError for an option of the other form and for what `pyramid` refuses.
     """
-    if (bottleneck_dim if form == "released" else size) is not None:
-        name = "bottleneck_dim" if form == "released" else "size"
-        raise UserError(f"{name} is no option of the {form} form; leave it out")
+    other = {"size": size} if form == "paper" else {"bottleneck_dim": bottleneck_dim, "kernel": kernel}
+    for name, value in other.items():
+        if value is not None:
+            raise UserError(f"{name} is no option of the {form} form; leave it out")
     trunk = pyramid(backbone, weights=weights)
     dim = trunk.dims[-1]
     if form == "paper":
         pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        prompt = ParsingPrompt(trunk.dims[0], kernel=KERNEL if kernel is None else kernel)
         return FRPT(
-            trunk, ParsingPrompt(trunk.dims[0]), paper_head(dim, bottleneck_dim=bottleneck_dim), neck=pool,
+            trunk, prompt, paper_head(dim, bottleneck_dim=bottleneck_dim), neck=pool,
             classifier=nn.Linear(dim, num_classes), stage=1,
         )  # fmt: skip
     norm, last = nn.BatchNorm1d(dim), nn.Linear(dim, num_classes, bias=False)
@@ -259,6 +266,11 @@ def frpt(
     sampler = SaliencySampler(trunk.dims[2], size=224 if size is None else size)
     return FRPT(trunk, sampler, released_head(dim), neck=nn.Sequential(GeM(), norm), classifier=last, stage=3)
 
+
+frpt_resnet50 = partial(frpt, backbone="resnet50")
+frpt_resnet101 = partial(frpt, backbone="resnet101")
+frpt_released_resnet50 = partial(frpt, form="released", backbone="resnet50")
+frpt_released_resnet101 = partial(frpt, form="released", backbone="resnet101")
 
 RULES: Rules = (
     (r"^sample\.conv_last\.", "prompt.parse."),

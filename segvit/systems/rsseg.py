@@ -174,7 +174,7 @@ class RSSegHead(nn.Module):
         """Logits (B, K, *size); in training also `aux` and, for layer i, `regions{i}` (B, K, K+1) and `masks{i}`."""
         joined = resize(self.globally(maps[-1]), size) + self.local(maps, size)
         memory = self.norm(map_tokens(self.separation(joined)))  # (B, N, C)
-        queries = self.queries.expand(len(memory), -1, -1)
+        queries = self.queries.expand(memory.shape[0], -1, -1)
         extras: dict[str, Tensor] = {}
         for i, layer in enumerate(self.layers):
             queries, regions, masks = layer(queries, memory)

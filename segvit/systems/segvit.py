@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segvit.backbones.vit import PlainViT, plain_vit
-from segvit.contracts import Dense, Features, Readout, Size, UserError
+from segvit.contracts import Dense, Features, MaskScores, Readout, Size, UserError
 from segvit.losses.binary import focal_and_dice
 from segvit.losses.masks import present_classes
 from segvit.nn.attention import Attention, init_packed, join_heads, split_heads
@@ -120,7 +120,7 @@ class ATMHead(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """(B, D, h_i, w_i) from shallow to deep -> (class logits (B, K, K+1), masks (B, K, h, w)) a stage."""
-        queries = self.queries.expand(len(maps[0]), -1, -1)
+        queries = self.queries.expand(maps[0].shape[0], -1, -1)
         size = maps[0].shape[-2:]  # the shallowest stage, processed last
         outputs: list[tuple[Tensor, Tensor]] = []
         for stage, features in zip(self.stages, reversed(maps), strict=True):
@@ -154,10 +154,10 @@ class ShrunkHead(nn.Module):
     def forward(self, maps: Sequence[Tensor], grid: Size) -> list[tuple[Tensor, Tensor]]:
         """Maps from shallow to deep and the input's token grid -> (class logits, masks) a decoder layer."""
         grid = self.grid if self.fixed_queries else grid
-        pixels = resize_positions(self.upsample_queries[None], old=self.grid, new=grid).expand(len(maps[0]), -1, -1)
+        pixels = resize_positions(self.upsample_queries[None], old=self.grid, new=grid).expand(maps[0].shape[0], -1, -1)
         for stage, features in zip(self.stages, maps, strict=True):
             pixels, _ = stage(pixels, map_tokens(features))
-        queries = self.queries.expand(len(pixels), -1, -1)
+        queries = self.queries.expand(pixels.shape[0], -1, -1)
         outputs: list[tuple[Tensor, Tensor]] = []
         for layer in self.atm.layers:  # every layer's masks are read, none are added up
             queries, scores = layer(queries, pixels, with_masks=True)
@@ -262,11 +262,20 @@ def scores(out: Dense, size: Size, rows: range) -> Tensor:
     low = out.extras["masks"]
     masks = bilinear_rows(low, out.covers, rows)[..., : size[1]]
     fresh = low.shape[-1] != out.covers[1] and not masks.requires_grad  # otherwise a view, or needed by a gradient
-    probabilities = out.extras["class_logits"].to(low.dtype).softmax(-1)[..., :-1]
-    return mix_masks(probabilities, masks.sigmoid_() if fresh else masks.sigmoid())
+    return mix_masks(probabilities(out), masks.sigmoid_() if fresh else masks.sigmoid())
 
 
-READOUT = Readout(scores, keeps=("class_logits", "masks", "canvas"), confidence="share")
+def probabilities(out: Dense) -> Tensor:
+    """What each query (B, Q, K) says of the classes, without "no object"."""
+    return out.extras["class_logits"].to(out.extras["masks"].dtype).softmax(-1)[..., :-1]
+
+
+def mask_scores(out: Dense) -> MaskScores | None:
+    """The sum that `scores` makes; of the official canvas, which is resized after the sum, there is none."""
+    return None if "canvas" in out.extras else MaskScores(out.extras["masks"], probabilities(out))
+
+
+READOUT = Readout(scores, keeps=("class_logits", "masks", "canvas"), confidence="share", masks=mask_scores)
 
 
 def normalisers(masks: Tensor, *, num_classes: int, ignore_index: int) -> dict[str, Tensor]:

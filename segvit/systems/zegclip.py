@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from segvit.backbones.clip import VIT_RULES, build_backbone
 from segvit.backbones.vit import PlainViT
-from segvit.contracts import Dense, Features, Readout, Size, UserError
+from segvit.contracts import Dense, Features, MaskScores, Readout, Size, UserError
 from segvit.losses.binary import focal_and_dice
 from segvit.losses.masks import present_classes
 from segvit.nn.attention import Attention
@@ -42,9 +42,8 @@ from segvit.nn.rename import Rules, rename
 from segvit.nn.tokens import Step, map_tokens
 from segvit.text.architecture import clip_config
 from segvit.text.checkpoint import Checkpoint, find_clip
-from segvit.text.embeddings import Name, class_embeddings
+from segvit.text.embeddings import Name, class_vectors
 from segvit.text.splits import unseen_ids
-from segvit.text.tower import build_text
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, not CLIP's
 
@@ -117,7 +116,7 @@ class MaskHead(nn.Module):
 
     def queries(self, image: Tensor, text: Tensor) -> Tensor:
         """(B, E) and (K, E) -> (B, K, E)."""
-        both = [image[:, None] * text, text.expand(len(image), -1, -1)]
+        both = [image[:, None] * text, text.expand(image.shape[0], -1, -1)]
         return self.relate(torch.cat(both, dim=-1))
 
     def forward(self, image: Tensor, patches: Tensor, text: Tensor) -> Tensor:
@@ -161,7 +160,7 @@ class ZegCLIP(nn.Module):
 
 def dense_output(masks: Tensor, seen: Tensor, *, seen_bias: float, covers: Size) -> Dense:
     """Mask logits (B, K, h, w) and which classes are seen (K,), with the bias that the scores of those lose."""
-    known = seen.expand(len(masks), -1)
+    known = seen.expand(masks.shape[0], -1)
     extras = {"masks": masks, "seen": known, "bias": seen_bias * known.to(masks.dtype)}
     return Dense(masks.sigmoid() - extras["bias"][:, :, None, None], extras, covers)
 
@@ -172,7 +171,12 @@ def scores(out: Dense, size: Size, rows: range) -> Tensor:
     return masks.sigmoid() - out.extras["bias"][:, :, None, None]
 
 
-READOUT = Readout(scores, keeps=("masks", "bias"))
+def mask_scores(out: Dense) -> MaskScores:
+    """What `scores` are made of."""
+    return MaskScores(out.extras["masks"], offset=out.extras["bias"])
+
+
+READOUT = Readout(scores, keeps=("masks", "bias"), masks=mask_scores)
 
 
 def normalisers(masks: Tensor, *, num_classes: int, ignore_index: int) -> dict[str, Tensor]:
@@ -237,6 +241,7 @@ def zegclip(
     backbone: str = "ViT-B-16-quickgelu",
     weights: str | None = None,
     templates: str | Sequence[str] = "zegclip_voc",
+    vectors: str | None = None,
     unseen: str | Sequence[int] = (),
     seen_bias: float = 0.1,
     image_size: int | Size = 512,
@@ -255,12 +260,12 @@ def zegclip(
     """ZegCLIP on a ViT of CLIP, by a name of open_clip.
 
     `weights` of both towers are a tag such as `openai` or a file, see `segvit.text.checkpoint.find_clip`. From the text
-    tower come the vectors of `class_names` (the model's own unless given; synonyms as a list) in `templates`. Without
-    weights the vectors are random, to be loaded or trained against. `unseen` are the ids of classes that training
-    hides, or a split of `segvit.text.splits`; `seen_bias` is the calibration, 0 for the transductive setting. The
-    first block and `prompt_layers` more (by default all) have `prompts` of their own; 0 is the shallow form.
-    `use_proj` puts a linear layer and a norm before the decoder. `patch_size`, `depth`, `embed_dim` and `joint_dim`
-    change the architecture, for training from nothing.
+    tower come the vectors of `class_names` (the model's own unless given; synonyms as a list) in `templates`, unless
+    `vectors` is a file of them; without either they are random, to be loaded or trained against. `unseen` are the ids
+    of classes that training hides, or a split of `segvit.text.splits`; `seen_bias` is the calibration, 0 for the
+    transductive setting. The first block and `prompt_layers` more (by default all) have `prompts` of their own; 0 is
+    the shallow form. `use_proj` puts a linear layer and a norm before the decoder. `patch_size`, `depth`, `embed_dim`
+    and `joint_dim` change the architecture, for training from nothing.
     """
     changes = {"patch_size": patch_size, "layers": depth, "width": embed_dim, "embed_dim": joint_dim}
     found = _find(backbone, weights, {name: value for name, value in changes.items() if value is not None})
@@ -273,7 +278,9 @@ def zegclip(
     add_prompts(vit, num_prompts=prompts, deep=deep, dropout=dropout)
     dim = found.vision.embed_dim
     head = MaskHead(dim, layers=layers, heads=heads, dropout=dropout, use_proj=use_proj)
-    embeddings = _embeddings(found, class_names, num_classes=num_classes, templates=templates)
+    # Its sentences have no underscores.
+    plain = class_names and [name.replace("_", " ") if isinstance(name, str) else name for name in class_names]
+    embeddings = class_vectors(found, plain, num_classes=num_classes, templates=templates, file=vectors)
     hidden = unseen_ids(unseen, num_classes=num_classes, class_names=class_names)
     return ZegCLIP(vit, head, embeddings, unseen=hidden, seen_bias=seen_bias)
 
@@ -293,20 +300,6 @@ def _find(name: str, weights: str | None, changes: dict[str, Any]) -> Checkpoint
         return found
     heads = max(1, changes.get("width", vision.width) // 64)
     return replace(found, config=replace(found.config, vision=replace(vision, heads=heads, **changes)))
-
-
-def _embeddings(
-    found: Checkpoint, names: Sequence[Name] | None, *, num_classes: int, templates: str | Sequence[str]
-) -> Tensor:
-    """The class vectors (K, E)."""
-    if names is not None and len(names) != num_classes:
-        raise UserError(f"class_names has {len(names)} entries, but the model has {num_classes} classes")
-    if found.state is None:
-        return F.normalize(torch.randn(num_classes, found.vision.embed_dim), dim=-1)
-    if names is None:
-        raise UserError("class_names are needed with CLIP's weights: their text tower makes the class vectors")
-    plain = [name.replace("_", " ") if isinstance(name, str) else name for name in names]
-    return class_embeddings(build_text(found), plain, templates=templates).detach()
 
 
 zegclip_vit_base = partial(zegclip, backbone="ViT-B-16-quickgelu")

@@ -5,8 +5,8 @@ Paper     M. Xu et al., "A Simple Baseline for Zero-shot Semantic Segmentation w
 Idea      A query's embedding is compared with the classes' text vectors and a learned "no object"; at test time the
           masked crop of each proposal goes through CLIP's image tower as well. For seen classes the query's opinion
           weighs more, for unseen ones CLIP's.
-Stages    Prompts first (`segvit.text.prompt`, on `RegionClassifier`'s vectors of labelled regions), then the proposals
-          with all text frozen (`criterion`), then, for self-training, the same again on `pseudo_labels`.
+Stages    Prompts (`segvit.tasks.regions`), whose vectors are the option `vectors`; then the proposals with all text
+          frozen (`criterion`); for self-training the same again on what `segvit.tasks.pseudo_labels` writes.
 Differs   from the official code: masks are scored over the image's own pixels, without the padding.
 Checked   tests/golden/zsseg__* (MendelXu/zsseg.baseline), part by part.
 
@@ -27,17 +27,16 @@ from torch import Tensor, nn
 from segvit.backbones.clip import ClipResNet, build_backbone, rename_vit
 from segvit.backbones.pyramid import Pyramid, pyramid
 from segvit.backbones.vit import PlainViT
-from segvit.contracts import Dense, Readout, Size, UserError
+from segvit.contracts import Dense, MaskScores, Readout, Size, UserError
 from segvit.losses.masks import present_classes
 from segvit.losses.matching import Terms, class_targets, match, set_losses
 from segvit.nn.mask_queries import PixelDecoder, QueryDecoder
 from segvit.nn.readout import bilinear_rows, mix_masks
 from segvit.nn.regions import region_crops
 from segvit.nn.rename import Rules, rename
-from segvit.text.checkpoint import Checkpoint, named_clip
-from segvit.text.embeddings import Name, class_embeddings
+from segvit.text.checkpoint import named_clip
+from segvit.text.embeddings import Name, class_vectors
 from segvit.text.splits import unseen_ids
-from segvit.text.tower import build_text
 
 SCALE = 100.0  # of every cosine; CLIP's own logit scale is not used
 
@@ -165,7 +164,7 @@ class ZSSeg(nn.Module):
         if self.regions is not None and not self.training and not images.is_meta:
             scores = self.named(images, scores, masks[-1], self.regions, covers=features.covers)
         mixed = mix_masks(scores, masks[-1].sigmoid())
-        extras |= {"scores": scores, "seen": self.get_buffer("seen").expand(len(images), -1)}
+        extras |= {"scores": scores, "seen": self.get_buffer("seen").expand(images.shape[0], -1)}
         return Dense(mixed, features.extras | extras, features.covers)
 
     def named(
@@ -189,7 +188,10 @@ def mask_scores(out: Dense, size: Size, rows: range) -> Tensor:
     return mix_masks(out.extras["scores"], masks.sigmoid())
 
 
-READOUT = Readout(mask_scores, keeps=("scores", "masks"), confidence="share")
+READOUT = Readout(
+    mask_scores, keeps=("scores", "masks"), confidence="share",
+    masks=lambda out: MaskScores(out.extras["masks"], out.extras["scores"]),
+)  # fmt: skip
 
 
 def normalisers(masks: Tensor, *, num_classes: int, ignore_index: int) -> dict[str, Tensor]:
@@ -227,28 +229,10 @@ def criterion(
     return losses
 
 
-def pseudo_labels(scores: Tensor, masks: Tensor | None, *, seen: Tensor, rejected: int, least: float = 0.0) -> Tensor:
-    """Labels for self-training (H, W): seen classes as labelled in `masks`, else the best unseen class.
-
-    `scores` (K, H, W) are the summed maps, whose softmax over all classes is the confidence although they are no
-    logits, as in the official code. Unseen and ignored pixels below the confidence `least` become `rejected`. Without
-    `masks` (H, W) every pixel is named. `seen` (K,) bool. Raises UserError when there is no unseen class.
-    """
-    if bool(seen.all()):
-        raise UserError("every class is seen; pseudo labels need one unseen class or more")
-    confidence, labels = torch.where(seen[:, None, None], 0, scores.softmax(0)).max(0)
-    labels = torch.where(confidence < least, rejected, labels)
-    if masks is None:
-        return labels
-    ids = masks.long()
-    known = torch.isin(ids, seen.nonzero().flatten())
-    return torch.where(known, ids, labels)
-
-
 def zsseg(
     *, num_classes: int, class_names: Sequence[Name] | None = None, backbone: str = "resnet50",
     weights: str | None = None, dilations: Sequence[int] | None = None, clip: str = "ViT-B-16-quickgelu",
-    text_weights: str | None = None, templates: str | Sequence[str] = "zsseg",
+    text_weights: str | None = None, templates: str | Sequence[str] = "zsseg", vectors: str | None = None,
     unseen: str | Sequence[int] = (), regions: bool = True, dim: int = 256, mask_dim: int = 256,
     queries: int = 100, layers: int = 6, heads: int = 8, hidden: int = 2048, embed_hidden: int = 1024,
     dropout: float = 0.1, ensemble_weight: float = 0.8, region_size: int = 224, threshold: float = 0.5,
@@ -258,12 +242,13 @@ def zsseg(
     """zsseg on any pyramid of timm, with `weights` of its own, and both towers of `clip`, a name of open_clip.
 
     CLIP's `text_weights` are a tag such as `openai` or a file; from them come the vectors of `class_names` in
-    `templates`, without them the vectors are random. `unseen` are the ids of classes that training hides, or a split of
-    `segvit.text.splits`. With `regions=False` the queries alone decide. `dilations` are those of the last blocks of a
-    ResNet. `embed_dim` and `vision` change the towers' sizes for training from nothing.
+    `templates`, unless `vectors` is a file of them (of learned prompts, say); without either they are random.
+    `unseen` are the ids of classes that training hides, or a split of `segvit.text.splits`. With `regions=False`
+    the queries alone decide. `dilations` are those of the last blocks of a ResNet. `embed_dim` and `vision` change the
+    towers' sizes for training from nothing.
     """
     found = named_clip(clip, text_weights, embed_dim=embed_dim, vision=vision)
-    embeddings = class_vectors(found, class_names, num_classes=num_classes, templates=templates)
+    embeddings = class_vectors(found, class_names, num_classes=num_classes, templates=templates, file=vectors)
     classifier = None
     if regions:
         classifier = RegionClassifier(
@@ -280,17 +265,6 @@ def zsseg(
         trunk, PixelDecoder(trunk.dims, dim, mask_dim), decoder, classifier, embeddings=embeddings,
         unseen=unseen_ids(unseen, num_classes=num_classes, class_names=class_names), ensemble_weight=ensemble_weight,
     )  # fmt: skip
-
-
-def class_vectors(
-    found: Checkpoint, names: Sequence[Name] | None, *, num_classes: int, templates: str | Sequence[str]
-) -> Tensor:
-    """Unit vectors (K, E) of the names, which go in as they are; random ones without CLIP's weights."""
-    if names is not None and len(names) != num_classes:
-        raise UserError(f"class_names has {len(names)} entries, but the model has {num_classes} classes")
-    if found.state is None:
-        return F.normalize(torch.randn(num_classes, found.vision.embed_dim), dim=-1)
-    return class_embeddings(build_text(found), names or (), templates=templates)
 
 
 def dilate(network: nn.Module, dilations: Sequence[int]) -> None:

@@ -74,6 +74,8 @@ class Adversarial:
         for name in LEFT_OUT:
             if vars(self.generator)[name] != defaults[name]:
                 raise UserError(f"adversarial training knows no {name}; leave it out of the recipe")
+        if self.generator.augment.passes:
+            raise UserError("the critic is made for one size of images; leave augment.passes out of the recipe")
         if self.generator.precision not in ("auto", "fp32"):
             raise UserError(f"precision {self.generator.precision}: the gradient penalty needs fp32; set that")
         if self.weight <= 0 or self.penalty < 0 or self.critic_steps < 1 or (self.critic_lr or 0) < 0:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from segvit.data.balance import class_weights, count_pixels
-from segvit.data.dataset import Dataset, is_generated
+from segvit.data.dataset import Dataset, holds_volumes, is_generated
 from segvit.data.doctor.balance import class_table
 from segvit.data.doctor.survey import survey
 from segvit.tasks.experiment import Experiment
@@ -33,7 +33,7 @@ class ClassBalance(NamedTuple):
 
 def train_pixels(source: str, dataset: Dataset) -> NDArray[np.int64]:
     """Labelled pixels of each class in the train split (K,): the doctor's table, which remembers unchanged masks."""
-    if is_generated(source):
+    if is_generated(source) or holds_volumes(source):
         return count_pixels(dataset, "train")
     rows = [row for row in class_table(survey(source, hashes=False)) if row.split == "train"]
     return np.array([row.pixels for row in rows[: len(dataset.classes)]], np.int64)

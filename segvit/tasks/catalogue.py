@@ -1,21 +1,17 @@
-"""What can be said of models without running them: the list, sizes and costs, licences, and official checkpoints."""
+"""What can be said of models without running them: the list, sizes and costs, and licences."""
 
 from __future__ import annotations
 
 import inspect
-import math
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from segvit.backbones.weights import read_state, unwrap
-from segvit.contracts import Classes, UserError
-from segvit.data.description import read_class_file
-from segvit.model_folder import load_state, save_model
+from segvit.contracts import UserError
 from segvit.nn.flops import count_gflops, count_parameters
-from segvit.zoo import MODELS, create_model, find_system, numbered_classes
+from segvit.zoo import MODELS, create_model, find_system
 
 # (licence, how it is had) of the pretrained weights that our recipes name.
 LICENCES = {
@@ -85,31 +81,3 @@ def _recipe(path: str) -> dict[str, Any]:
     if not isinstance(recipe, dict):
         raise UserError(f"{path} is not a recipe; it should hold names and values, see recipes/")
     return recipe
-
-
-def convert_checkpoint(
-    checkpoint: str, name: str, out: str, *, num_classes: int | None, classes: str | None, image_size: int | None
-) -> None:
-    """Write a model folder from an official checkpoint. Raises UserError when it does not fit the model."""
-    table = _classes(num_classes, classes)
-    state = find_system(name).convert(unwrap(read_state(Path(checkpoint).expanduser())))
-    positions = state.get("backbone.pos_embed")
-    options: dict[str, Any] = {}
-    if image_size is not None:
-        options["image_size"] = image_size
-    elif positions is not None:  # the class token's, then one for each patch of a square crop
-        options["image_size"] = math.isqrt(positions.shape[1] - 1) * state["backbone.patch_embed.proj.weight"].shape[-1]
-    model = create_model(name, classes=table, **options)
-    load_state(model, state, source=checkpoint)
-    save_model(model, out)
-
-
-def _classes(count: int | None, path: str | None) -> Classes:
-    if path is not None:
-        table, _ = read_class_file(Path(path))
-        if count not in (None, len(table)):
-            raise UserError(f"{path} names {len(table)} classes but num_classes is {count}; leave one out")
-        return table
-    if count is None:
-        raise UserError("give --classes FILE (one name a line) or --num_classes")
-    return numbered_classes(count)

@@ -6,8 +6,7 @@ val.json. Losses that an adapter adds for masks, such as SPM's, have no place he
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -15,47 +14,38 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from segvit.adapters.files import save_adapter
-from segvit.contracts import Batch, Classes, InputSpec, UserError
+from segvit.contracts import Classes, UserError
 from segvit.data.decode import read_image
 from segvit.data.image_folder import ImageFolder, open_image_folder
-from segvit.data.loading import LoadingError, permutation
-from segvit.data.prepare import normalise, prepare
-from segvit.data.resize import resize_image
-from segvit.engine.fit import Procedure, Progress, fit
+from segvit.data.prepare import prepare
 from segvit.engine.freeze import freeze
-from segvit.engine.optim import make_optimizer, parameter_rates
-from segvit.engine.run import PREVIOUS_STATE, STATE, claim, locked, write_environment
+from segvit.engine.run import claim, locked, write_environment
 from segvit.engine.settings import Optim, Schedule
-from segvit.engine.state import random_state, replace_state
-from segvit.files import write_json, write_text
+from segvit.files import write_json
 from segvit.model_folder import load_model, match_classes, save_model
 from segvit.palette import generate_palette
-from segvit.tasks.commands import default_device, find_images
 from segvit.tasks.console import progress_bar
-from segvit.tasks.detect import restored
+from segvit.tasks.labelled import EVALUATED, Whole, batches, check_views, collate, fit_labels
+from segvit.tasks.sources import default_device, find_images
 from segvit.zoo import adapt, create_model, find_system
 
 if TYPE_CHECKING:
     from segvit.contracts import Model
 
 TOP = 5
-EVALUATED = 64  # images at once
 
 
 @dataclass(frozen=True, kw_only=True)
 class Classification:
     """One training run of a classifier.
 
-    `size` is the side of the square that images enter the network as. Training cuts a square part out of each, whose
-    side is the share `crop` (least, most) of the short side, and mirrors it with probability `flip`; evaluation takes
-    the whole image. Raises UserError for numbers that make no run.
+    `size` is the side of the square that images enter the network as; training varies them by `crop`, `flip`, `jitter`
+    and `erase` as `Draws` says, evaluation takes the whole image. Raises UserError for numbers that make no run.
     """
 
     data: str
@@ -71,6 +61,8 @@ class Classification:
     size: int = 224
     crop: tuple[float, float] = (0.6, 1.0)
     flip: float = 0.5
+    jitter: float = 0.0
+    erase: float = 0.0
     label_smoothing: float = 0.0
     optim: Optim = Optim(lr=1e-3, weight_decay=1e-4, lr_mult={}, clip=5.0)
     schedule: Schedule = Schedule(kind="cosine", warmup=100)
@@ -84,64 +76,12 @@ class Classification:
     def __post_init__(self) -> None:
         if min(self.steps, self.batch_size, self.checkpoint_every, self.size) < 1 or self.workers < 0:
             raise UserError("steps, batch_size, checkpoint_every and size must be 1 or more, workers 0 or more")
-        if not 0 < self.crop[0] <= self.crop[1] <= 1:
-            raise UserError(f"crop is {self.crop}; give the least and the greatest share of the short side, 0..1")
+        check_views(self)
         if self.adapter_options and self.adapter is None:
             raise UserError(f"adapter_options {self.adapter_options} belong to no adapter; set adapter too")
-        if find_system(self.model).task != "classify":
-            raise UserError(f"{self.model} makes masks; choose a classifier, see segvit classify train --help")
-
-
-@dataclass(frozen=True)
-class Draws:
-    """The endless sequence of training draws: image permutation(d // n)[d % n], cut and mirrored by (seed, d)."""
-
-    data: ImageFolder
-    run: Classification
-    spec: InputSpec
-
-    def __getitem__(self, draw: int) -> tuple[Tensor, int, str]:
-        count = len(self.data.items("train"))
-        epoch, place = divmod(draw, count)
-        index = int(permutation(self.run.seed, epoch, count)[place])
-        image, label = read(self.data, "train", index)
-        rng = np.random.default_rng([self.run.seed, draw])
-        height, width = image.shape[:2]
-        side = max(1, round(rng.uniform(*self.run.crop) * min(height, width)))
-        top, left = int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1))
-        part = resize_image(image[top : top + side, left : left + side], (self.run.size, self.run.size))
-        mirrored = rng.random() < self.run.flip
-        return normalise(part[:, ::-1] if mirrored else part, self.spec), label, self.data.name("train", index)
-
-
-@dataclass(frozen=True)
-class Whole:
-    """The images of a split as they are evaluated."""
-
-    data: ImageFolder
-    split: str
-    spec: InputSpec
-
-    def __len__(self) -> int:
-        return len(self.data.items(self.split))
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int, str]:
-        image, label = read(self.data, self.split, index)
-        return prepare(image, self.spec), label, self.data.name(self.split, index)
-
-
-def read(data: ImageFolder, split: str, index: int) -> tuple[Any, int]:
-    """An image and its class id; what the user can mend keeps its one line on the way out of a worker."""
-    try:
-        return data.read(split, index)
-    except UserError as error:
-        raise LoadingError(str(error)) from None
-
-
-def collate(items: list[tuple[Tensor, int, str]]) -> Batch:
-    """Images of one size as a batch whose masks are the labels (B,)."""
-    images, labels, names = zip(*items, strict=True)
-    return Batch(torch.stack(images), torch.tensor(labels), list(names))
+        if (task := find_system(self.model).task) != "classify":
+            does = "makes masks" if task == "dense" else "is for retrieval"
+            raise UserError(f"{self.model} {does}; choose a classifier, see segvit classify train --help")
 
 
 def train_classifier(run: Classification) -> dict[str, Any]:
@@ -159,7 +99,7 @@ def train_classifier(run: Classification) -> dict[str, Any]:
     with locked(folder):
         claim(folder, asdict(run))
         write_environment(folder)
-        fit_classifier(model, data, run, device)
+        fit_labels(model, run, device, partial(batches, data, run, model.spec))
         save_model(model, folder / "model")
         if model.adapter is not None and run.adapter != "full":  # that would be the whole model again
             save_adapter(model, folder / "adapter", base=base_weights(run))
@@ -192,60 +132,15 @@ def base_weights(run: Classification) -> str:
     return str(path.resolve()) if path.exists() else source
 
 
-def fit_classifier(model: Model, data: ImageFolder, run: Classification, device: torch.device) -> None:
-    """Train to the end, from the last checkpoint on where the run is resumed."""
-    folder = Path(run.out)
-    optimizer = make_optimizer(parameter_rates(model.named_parameters(), run.optim), run.optim)
-    start = restored(folder, model, optimizer) if run.resume else 0
-    history = folder / "metrics.jsonl"
-    before = history.read_text(encoding="utf-8").splitlines(keepends=True) if history.is_file() else []
-    write_text(history, "".join(before[:start]))
-    if start >= run.steps:
-        return
-    AcceleratorState._reset_state()  # another run in this process may have had another device
-    accelerator = Accelerator(cpu=device.type == "cpu")
-    system = find_system(run.model)
-    procedure = Procedure(
-        criterion=partial(system.criterion, label_smoothing=run.label_smoothing), normalisers=system.normalisers,
-        schedule=run.schedule, steps=run.steps, clip=run.optim.clip,
-    )  # fmt: skip
-
-    def save(step: int) -> None:
-        if step == run.steps or step % run.checkpoint_every == 0:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-            replace_state(folder / STATE, folder / PREVIOUS_STATE, state | {"random": random_state()})
-
-    with history.open("a", encoding="utf-8") as file, progress_bar("training") as progress:
-
-        def report(row: dict[str, Any]) -> None:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            progress(row["step"], run.steps)
-
-        steps = ([batch] for batch in batches(data, run, model.spec, start))
-        fit(
-            model, accelerator.prepare_optimizer(optimizer), steps, procedure=procedure, accelerator=accelerator,
-            progress=Progress(step=start), average=None, report=report, after=save,
-        )  # fmt: skip
-
-
-def batches(data: ImageFolder, run: Classification, spec: InputSpec, start: int) -> Iterator[Batch]:
-    """The batch of each step from `start` to the end."""
-    size = run.batch_size
-    chosen = [list(range(step * size, (step + 1) * size)) for step in range(start, run.steps)]
-    draws: Any = Draws(data, run, spec)
-    own = torch.Generator()  # else the loader draws from the one that dropout is to find as it was saved
-    return iter(DataLoader(draws, batch_sampler=chosen, num_workers=run.workers, collate_fn=collate, generator=own))
-
-
 # Measuring and using
 
 
 def load_classifier(source: str, *, device: str | None = None) -> Model:
-    """A classifier from a run, model or adapter folder. Raises UserError for a model that makes masks."""
+    """A classifier from a run, model or adapter folder. Raises UserError for another kind of model."""
     model = load_model(source, device=device or default_device())
-    if find_system(model.config.name).task != "classify":
-        raise UserError(f"{source} holds a {model.config.name}, which makes masks; see segvit val and segvit predict")
+    if (task := find_system(model.config.name).task) != "classify":
+        does, place = ("makes masks", "val") if task == "dense" else ("is for retrieval", "retrieve val")
+        raise UserError(f"{source} holds a {model.config.name}, which {does}; see segvit {place}")
     return model
 
 

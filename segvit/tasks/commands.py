@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import platform
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
 
 from segvit import __version__
-from segvit.contracts import UserError
-from segvit.data.dataset import IMAGE_SUFFIXES, open_dataset
+from segvit.contracts import Runtime, Size, UserError
+from segvit.data.dataset import open_dataset
+from segvit.data.volumes import cases
 from segvit.engine.evaluate import evaluate
-from segvit.files import open_atomic, write_json
-from segvit.inference.prediction import Prediction
+from segvit.files import write_json
 from segvit.inference.predictor import Precision, Predictor, Views
 from segvit.metrics.confusion import COLUMNS
 from segvit.model_folder import load_model
 from segvit.tasks.console import aligned, progress_bar
 from segvit.tasks.finish import protocol, write_evaluation
+from segvit.tasks.open_vocabulary import Vocabulary, find_unseen, seen_and_unseen
+from segvit.tasks.predict import Plan, Predicted, segment_files
+from segvit.tasks.sources import default_device, default_folder
+from segvit.tasks.volumes import Protocol, VolumeCollector
+
+if TYPE_CHECKING:
+    from segvit.contracts import Model
 
 PACKAGES = ("segvit", "torch", "torchvision", "timm", "accelerate", "safetensors", "huggingface_hub", "numpy", "pillow")
+
+# (model, device, what tells it other words or None) -> what runs it
+Start = Callable[[str, str, Callable[["Model"], None] | None], Runtime]
 
 
 @dataclass(frozen=True)
@@ -36,29 +46,47 @@ class Evaluated:
     text: str
 
 
-def predictor(model: str, *, views: Views, precision: Precision, device: str | None) -> Predictor:
-    """A predictor from a run or model folder, on the GPU where there is one."""
+def predictor(
+    model: str, *, views: Views, precision: Precision, device: str | None, vocabulary: Vocabulary = Vocabulary(),
+    start: Start | None = None,
+) -> Predictor:  # fmt: skip
+    """A predictor from a run or model folder, on the GPU where there is one; told other words if wanted.
+
+    `start` makes another runtime of the model (or of a file that was exported from one) than torch as it is.
+    """
     where = device or default_device()
     if where.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("device is cuda but torch sees no GPU; use --device cpu, or see segvit doctor")
-    return Predictor(load_model(model, device=where), precision=precision, views=views)
-
-
-def default_device() -> str:
-    """The GPU where there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if start is not None:
+        told = None if vocabulary == Vocabulary() else vocabulary.apply
+        return Predictor(start(model, where, told), views=views)
+    network = load_model(model, device=where)
+    vocabulary.apply(network)
+    return Predictor(network, precision=precision, views=views)
 
 
 def evaluate_run(
     run: str, data: str | None, split: str, out: str | None, *, views: Views, precision: Precision,
-    device: str | None, workers: int, polyp: bool = False,
+    device: str | None, workers: int, polyp: bool = False, vocabulary: Vocabulary = Vocabulary(),
+    unseen: str | None = None, volumes: Protocol | None = None, start: Start | None = None,
 ) -> Evaluated:  # fmt: skip
-    """Evaluate a run on a dataset, by default its own, and write metrics.json and index.html."""
-    segment = predictor(run, views=views, precision=precision, device=device)
-    source = data or _trained_on(run)
+    """Evaluate a run on a dataset, by default its own, and write metrics.json and index.html.
+
+    With `volumes`, slices are also put together and measured by that protocol.
+    """
+    source = data or trained_on(run)
     dataset = open_dataset(source)
+    segment = predictor(
+        run, views=views, precision=precision, device=device, vocabulary=vocabulary.of_data(dataset.classes),
+        start=start,
+    )  # fmt: skip
+    hidden = find_unseen(unseen, segment.run, dataset.classes)
+    collector = None if volumes is None else VolumeCollector(cases(dataset, split), dataset.classes, volumes)
     with progress_bar("evaluating") as progress:
-        found = evaluate(segment, dataset, split, workers=workers, details=True, polyp=polyp, progress=progress)
+        found = evaluate(
+            segment, dataset, split, workers=workers, details=True, polyp=polyp, watch=collector, progress=progress
+        )
+    found.volumes = None if collector is None else collector.record()
     metrics = found.confusion.metrics()
     folder = Path(out) if out else _evaluation_folder(run, split)
     words = protocol(segment.run.spec, views)
@@ -66,7 +94,7 @@ def evaluate_run(
         "Model": run, "Data": source, "Split": split, "Images": f"{dataset.count(split)}", "Protocol": words,
         "Precision": precision, "Device": device or default_device(), "Version": f"segvit {__version__}",
     }  # fmt: skip
-    report = write_evaluation(folder, segment, dataset, split, found, facts) | {"report": str(folder / "index.html")}
+    report = write_evaluation(folder, segment, dataset, split, found, facts)
     summary = f"mIoU {metrics.miou:.4f}  mAcc {metrics.macc:.4f}  aAcc {metrics.aacc:.4f}  fwIoU {metrics.fwiou:.4f}"
     if "boundary" in report and report["boundary"]["miou"] is not None:
         summary += f"  boundary IoU {report['boundary']['miou']:.4f}"
@@ -75,6 +103,13 @@ def evaluate_run(
     if "polyp" in report:
         names = ("mdice", "miou", "weighted_f", "s", "mean_e", "max_e", "mae")
         summary += "\npolyp: " + "  ".join(f"{name} {report['polyp'][name]:.4f}" for name in names)
+    if hidden:
+        report["open_vocabulary"], line = seen_and_unseen(metrics, hidden, dataset.classes)
+        summary += f"\n{line}"
+        write_json(folder / "metrics.json", report)
+    report["report"] = str(folder / "index.html")
+    if collector is not None:
+        summary += f"\n\n{collector.text()}\n"
     table = aligned([COLUMNS, *metrics.table(dataset.classes)])
     closing = f"{summary}  over {metrics.counted} classes\n{split} of {source}: {words}\n{folder / 'index.html'}"
     return Evaluated(report, f"{table}\n\n{closing}")
@@ -86,117 +121,39 @@ def _evaluation_folder(run: str, split: str) -> Path:
     return inside / "evaluation" / split
 
 
-def _trained_on(run: str) -> str:
+def trained_on(run: str) -> str:
+    """The data of a run folder. Raises UserError for a folder that is none."""
     config = Path(run) / "config.yaml"
     if not config.is_file():
         raise UserError(f"{run} does not say what it was trained on; give --data")
     return str(yaml.safe_load(config.read_text(encoding="utf-8"))["data"])
 
 
-@dataclass(frozen=True)
-class Predicted:
-    """What `segvit predict` wrote, and what it could not read."""
-
-    written: list[dict[str, str]]
-    failed: list[str]
-
-
 def predict_files(
     source: str, model: str, out: str | None, extra: dict[str, bool], *, views: Views, precision: Precision,
-    device: str | None,
+    device: str | None, vocabulary: Vocabulary = Vocabulary(), start: Start | None = None,
+    window: Size | None = None, stride: Size | None = None, resume: bool = False, engine: str | None = None,
 ) -> Predicted:  # fmt: skip
-    """Segment files one by one and write the results; a file that cannot be read does not stop the others."""
-    images = find_images(source)
+    """Segment files with the model of a run; see `segment_files`. `engine` is what `start` starts, for the record."""
     folder = Path(out) if out else default_folder(model)
-    targets = {image: folder / name.with_suffix(".png") for image, name in images.items()}
-    if len(set(targets.values())) < len(targets):  # a.jpg and a.png
-        targets = {image: folder / name.parent / f"{name.name}.png" for image, name in images.items()}
-    names = {image: output_names(target, extra) for image, target in targets.items()}
-    check_names(list(images), [path for paths in names.values() for path in paths.values()])
-    segment = predictor(model, views=views, precision=precision, device=device)
-    written, failed = [], []
-    with progress_bar("segmenting") as progress:
-        for done, (image, paths) in enumerate(names.items()):
-            progress(done, len(names))
-            try:
-                result = segment(image, scores=extra["scores"])
-            except UserError as error:
-                failed.append(str(error))
-                continue
-            write_prediction(result, paths)
-            written.append({"image": str(image)} | {kind: str(path) for kind, path in paths.items()})
-    return Predicted(written, failed)
+    identity = {
+        "model": made_of(model), "views": asdict(views), "precision": precision, "engine": engine,
+        "vocabulary": asdict(vocabulary), "extra": sorted(name for name, wanted in extra.items() if wanted),
+    }  # fmt: skip
+    plan = Plan(extra=extra, window=window, stride=stride, resume=resume, identity=identity)
+    return segment_files(
+        source, folder, plan,
+        lambda: predictor(model, views=views, precision=precision, device=device, vocabulary=vocabulary, start=start),
+    )  # fmt: skip
 
 
-def write_prediction(result: Prediction, paths: dict[str, Path]) -> None:
-    """Write what `paths` names: always the labels."""
-    result.save(paths["labels"])
-    if "overlay" in paths:
-        save_overlay(result, paths["overlay"])
-    if "scores" in paths:
-        result.save_scores(paths["scores"])
-    if "areas" in paths:
-        write_json(paths["areas"], result.areas())
-
-
-def output_names(labels: Path, extra: dict[str, bool]) -> dict[str, Path]:
-    """The files of one image: the label map, and beside it what was asked for."""
-    others = {
-        "overlay": labels.with_name(f"{labels.stem}_overlay.png"),
-        "scores": labels.with_name(f"{labels.stem}_scores.npz"),
-        "areas": labels.with_suffix(".json"),
-    }
-    return {"labels": labels} | {kind: path for kind, path in others.items() if extra[kind]}
-
-
-def check_names(images: list[Path], outputs: list[Path]) -> None:
-    """Raise UserError when an output would replace an input or another output."""
-    inputs = {path.resolve() for path in images}
-    seen: set[Path] = set()
-    for path in outputs:
-        if path.resolve() in inputs:
-            raise UserError(f"{path} would replace an input image; choose another --out")
-        if path in seen:
-            raise UserError(f"{path} would be written for two images; rename one, or segment them into two folders")
-        seen.add(path)
-
-
-def save_overlay(result: Prediction, path: Path) -> None:
-    """Write a prediction's overlay as PNG, atomically."""
-    with open_atomic(path) as file:
-        result.overlay().save(file, "PNG")
-
-
-def find_images(source: str) -> dict[Path, Path]:
-    """Images of a file, folder (recursively) or glob pattern, each with its name below the source.
-
-    Several sources stand on lines of their own, as the command line passes `photos/*.jpg` once a shell has expanded it.
-    Raises UserError when there are none.
-    """
-    path = Path(source).expanduser()
-    if "\n" in source:
-        found = sorted({file for part in source.split("\n") for file in find_images(part)})
-        shared = os.path.commonpath([file.parent for file in found])
-        named = {file: file.relative_to(shared) for file in found}
-    elif path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-        named = {file: file.relative_to(path) for file in found}
-    elif path.is_file():
-        named = {path: Path(path.name)}
-    else:
-        found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
-        shared = os.path.commonpath([file.parent for file in found]) if found else ""
-        named = {file: file.relative_to(shared) for file in found}  # two folders may hold files of one name
-    if not named:
-        kinds = ", ".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
-        raise UserError(f"{source}: no such image, and no images in it or matching it ({kinds})")
-    return named
-
-
-def default_folder(model: str) -> Path:
-    """predictions/ in the run folder, or here when the model is no run."""
-    run = Path(model)
-    return run / "predictions" if (run / "config.yaml").is_file() else Path("predictions")
+def made_of(model: str) -> dict[str, Any]:
+    """The files of a model with their sizes and times; only the name where it lies on a hub."""
+    path = Path(model).expanduser()
+    inside = path / "model" if (path / "model").is_dir() else path
+    files = [path] if path.is_file() else sorted(inside.glob("*.safetensors"))
+    told = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+    return {"name": str(path.resolve()) if path.exists() else model, "files": told}
 
 
 def environment() -> dict[str, Any]:

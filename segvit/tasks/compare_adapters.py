@@ -27,7 +27,8 @@ SHORT = {"head": "head_only"}
 HEAD_RATE = 1e-3
 BACKBONE_RATES = {
     "full": 2e-4, "bitfit": 1e-3, "norm_only": 1e-3, "head_only": 1e-3, "ssf": 2e-3, "svf": 5e-3, "lora": 1e-3,
-    "vpt_deep": 5e-3, "vpt_shallow": 5e-3, "conv_adapter": 1e-3, "spm": 1e-3, "pro_tuning": 1e-3,
+    "vpt_deep": 5e-3, "vpt_shallow": 5e-3, "cavpt": 5e-3, "conv_adapter": 1e-3, "spm": 1e-3,
+    "pro_tuning": 1e-3,
 }  # fmt: skip
 ANY_RATE = 1e-3  # of a method that is not in the table
 PLACES = ("backbone.", "encoder.")  # how systems call their backbones

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from segvit.contracts import UserError
-from segvit.data.dataset import DESCRIPTIONS
+from segvit.data.dataset import DESCRIPTIONS, holds_volumes
 from segvit.data.doctor.balance import class_table
 from segvit.data.doctor.diagnose import diagnose
 from segvit.data.doctor.survey import survey
@@ -46,6 +46,8 @@ def examine(source: str | Path, *, leaks: bool = True, remember: bool = True, wo
     `leaks` looks for the same pictures in train and val, `remember` keeps what was read for the next time; nothing else
     is written. Raises UserError where there is nothing to read.
     """
+    if holds_volumes(source):
+        raise UserError(f"{source}: holds volumes, which are checked as they are read; use train and val at once")
     with progress_bar("reading") as progress:
         found = survey(
             source, hashes=leaks, workers=workers, remember=remember,

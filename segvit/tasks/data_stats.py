@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from segvit.contracts import UserError
 from segvit.data.balance import class_weights
-from segvit.data.dataset import Dataset, is_generated, open_dataset
+from segvit.data.dataset import Dataset, holds_volumes, is_generated, open_dataset
 from segvit.data.doctor.balance import ClassRow, class_table
 from segvit.data.doctor.survey import survey
 from segvit.tasks.console import aligned, progress_bar
@@ -30,9 +30,10 @@ def dataset_stats(source: str, *, images: int) -> Stats:
         raise UserError(f"images must not be negative, got {images}")
     dataset = open_dataset(source)
     counts = (
-        {split: count_split(dataset, split) for split in dataset.splits} if is_generated(source)
+        {split: count_split(dataset, split) for split in dataset.splits}
+        if is_generated(source) or holds_volumes(source)
         else remembered_counts(source, dataset)
-    )  # fmt: skip
+    )
     first = "train" if "train" in counts else dataset.splits[0]
     weights = {how: class_weights(counts[first].pixels, how) for how in ("log", "sqrt", "effective")}
     levels = channel_levels(dataset, first, images)

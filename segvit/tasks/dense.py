@@ -12,7 +12,7 @@ from accelerate.utils import set_seed
 
 from segvit.contracts import Classes, InputSpec, UserError
 from segvit.data.cache import cached
-from segvit.data.dataset import Dataset, is_generated, open_dataset
+from segvit.data.dataset import Dataset, holds_volumes, is_generated, open_dataset
 from segvit.data.sources import named_source
 from segvit.engine.evaluate import Evaluation, evaluate
 from segvit.engine.freeze import freeze
@@ -158,7 +158,8 @@ def check_loss(experiment: Experiment) -> None:
     """Raises UserError for a loss option, or class weights, that the system's criterion does not have."""
     system = find_system(experiment.model)
     if system.task != "dense":
-        raise UserError(f"{experiment.model} classifies whole images and makes no masks; see segvit classify train")
+        does = "classifies" if system.task == "classify" else "compares"
+        raise UserError(f"{experiment.model} {does} whole images and makes no masks; see segvit {system.task} train")
     criterion = system.criterion
     parameters = inspect.signature(criterion).parameters.values()
     named = [item.name for item in parameters if item.kind is item.KEYWORD_ONLY]
@@ -183,11 +184,11 @@ def input_spec(experiment: Experiment, default: InputSpec) -> InputSpec:
 
 
 def check_before(experiment: Experiment) -> dict[str, Any] | None:
-    """The doctor's report on the data; None for generated images and where the check is switched off.
+    """The doctor's report on the data; None for generated images, volumes and where the check is switched off.
 
     Raises UserError with the doctor's first sentence when training would go wrong.
     """
-    if experiment.skip_check or is_generated(experiment.data):
+    if experiment.skip_check or is_generated(experiment.data) or holds_volumes(experiment.data):
         return None
     return refuse_bad_data(experiment.data).report
 

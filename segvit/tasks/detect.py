@@ -33,13 +33,13 @@ from segvit.data.loading import permutation
 from segvit.engine.optim import clip_gradients, make_optimizer, parameter_rates, set_rates
 from segvit.engine.run import PREVIOUS_STATE, STATE, claim, locked, write_environment
 from segvit.engine.settings import Optim, Schedule
-from segvit.engine.state import newest_state, random_state, replace_state, restore_random
+from segvit.engine.state import random_state, replace_state, restored
 from segvit.files import open_atomic, write_json, write_text
 from segvit.palette import generate_palette
 from segvit.systems.retinanet import DETECTORS
-from segvit.tasks.commands import default_device, find_images
 from segvit.tasks.console import progress_bar
 from segvit.tasks.dense import located
+from segvit.tasks.sources import default_device, find_images
 
 Target = dict[str, Tensor]  # "boxes" (N, 4), "labels" (N,); of a detection also "scores" (N,)
 STATISTICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")  # the first of COCO's twelve
@@ -186,18 +186,6 @@ def fit_detector(network: nn.Module, dataset: BoxDataset, run: Detection, device
             if step + 1 == run.steps or (step + 1) % run.checkpoint_every == 0:
                 state = {"model": network.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
                 replace_state(folder / STATE, folder / PREVIOUS_STATE, state | {"random": random_state()})
-
-
-def restored(folder: Path, network: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """The steps done by the last checkpoint, which is taken up; 0 where there is none yet."""
-    places = [folder / place for place in (STATE, PREVIOUS_STATE)]
-    if not any(place.is_file() for place in places):
-        return 0
-    state, _, _ = newest_state(places)
-    network.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    restore_random(state["random"])
-    return int(state["step"])
 
 
 def batches(dataset: BoxDataset, run: Detection, start: int) -> Iterator[Any]:

@@ -165,8 +165,8 @@ class Experiment:
         return self if channels == 3 else replace(self, options=self.options | {"in_channels": channels})
 
     def total_steps(self, images: int) -> int:
-        """The number of optimiser steps for a training set of that many images."""
+        """The number of optimiser steps for a training set of that many images, `augment.passes` for each batch."""
         if self.steps is not None:
             return self.steps
         assert self.epochs is not None  # __post_init__ saw to it
-        return max(1, round(self.epochs * images / self.images_a_step))
+        return max(1, round(self.epochs * images / self.images_a_step)) * max(1, len(self.augment.passes))

@@ -21,6 +21,7 @@ from segvit.inference.predictor import Predictor, Views
 from segvit.metrics.confusion import Metrics
 from segvit.model_folder import load_model
 from segvit.tasks.experiment import Experiment
+from segvit.tasks.open_vocabulary import seen_and_unseen, unseen_classes
 
 if TYPE_CHECKING:
     from segvit.contracts import Model
@@ -40,6 +41,9 @@ def finish(folder: Path, dataset: Dataset, experiment: Experiment, *, log: RunLo
         metrics = found.confusion.metrics()
         record = evaluation_record(found, dataset.classes) | {"protocol": protocol(model.spec)}
         shown = galleries(predictor, dataset, "val", found)
+        if hidden := unseen_classes(model):
+            record["open_vocabulary"], line = seen_and_unseen(metrics, hidden, dataset.classes)
+            log.message(line)
         write_json(folder / "val.json", record)
     write_text(folder / "model" / "README.md", model_card(model, experiment, metrics))
     path = folder / "report" / "index.html"

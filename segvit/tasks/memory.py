@@ -95,8 +95,9 @@ def measure(
 
 
 def fullest_crop(experiment: Experiment, dataset: Dataset, spec: InputSpec) -> Batch:
-    """Of the first crops of the run, the one with the most classes."""
-    draws = list(range(min(LOOKED_AT, dataset.count("train"))))
+    """Of the first crops of the run, the one with the most classes, at the largest of its passes."""
+    factor = max(experiment.augment.passes, default=1.0)
+    draws = [(draw, factor) for draw in range(min(LOOKED_AT, dataset.count("train")))]
     loader = train_batches(
         dataset, spec=spec, augment=replace(experiment.augment, rare_crops=0.0), seed=experiment.seed, draws=[draws],
         workers=0,

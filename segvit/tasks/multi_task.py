@@ -20,8 +20,8 @@ from segvit.adapters.places import backbone_of
 from segvit.contracts import Classes, Dense, InputSpec, Readout, UserError
 from segvit.inference.predictor import Precision, Predictor, TorchRuntime
 from segvit.model_folder import load_model
-from segvit.tasks.commands import default_device, find_images
 from segvit.tasks.prefix import Together, number_steps, resumed
+from segvit.tasks.sources import default_device, find_images
 from segvit.zoo import adapt, create_model
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from segvit.adapters.files import save_adapter
 from segvit.contracts import Batch, UserError
 from segvit.data.dataset import Dataset
-from segvit.data.loading import living, train_batches
+from segvit.data.loading import Draw, living, train_batches
 from segvit.engine.evaluate import evaluate
 from segvit.engine.fit import Progress, fit
 from segvit.engine.freeze import frozen_parts, train_mode
@@ -283,8 +283,10 @@ def make_accelerator(experiment: Experiment) -> Accelerator:
     return Accelerator(cpu=experiment.device == "cpu", mixed_precision=mixed, step_scheduler_with_optimizer=False)
 
 
-def draw_lists(experiment: Experiment, accelerator: Accelerator, start: int, steps: int) -> Iterator[list[int]]:
-    """The draw numbers of each micro-batch of this process, step by step from `start`.
+def draw_lists(experiment: Experiment, accelerator: Accelerator, start: int, steps: int) -> Iterator[list[Draw]]:
+    """The draws of each micro-batch of this process, step by step from `start`.
+
+    With `augment.passes` each batch comes at one factor after the other.
 
     Raises UserError when the global batch does not divide into processes and micro-batches.
     """
@@ -292,11 +294,12 @@ def draw_lists(experiment: Experiment, accelerator: Accelerator, start: int, ste
     parts = experiment.accumulate * accelerator.num_processes
     if batch % parts:
         raise UserError(f"batch_size {batch} must be a multiple of accumulate x processes = {parts}; change one")
-    size = batch // parts
+    size, factors = batch // parts, experiment.augment.passes
     for step in range(start, steps):
+        number, place = divmod(step, max(1, len(factors)))
         for micro in range(experiment.accumulate):
-            first = step * batch + (micro * accelerator.num_processes + accelerator.process_index) * size
-            yield list(range(first, first + size))
+            first = number * batch + (micro * accelerator.num_processes + accelerator.process_index) * size
+            yield [(draw, factors[place]) if factors else draw for draw in range(first, first + size)]
 
 
 def grouped(batches: Iterator[Batch], count: int) -> Iterator[Sequence[Batch]]:

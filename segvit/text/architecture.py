@@ -7,9 +7,10 @@ Card      quick GELU is part of the weights, not of the name: OpenAI's weights n
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import ModuleType
 from typing import Any
 
@@ -75,11 +76,14 @@ def open_clip_library() -> ModuleType:
     return library
 
 
-def clip_config(model: str) -> ClipConfig:
+def clip_config(model: str | dict[str, Any]) -> ClipConfig:
     """The architecture of a name of open_clip, such as `ViT-B-16-quickgelu` or `RN50`; needs no network.
 
-    Raises UserError for an unknown name and for towers of other kinds (SigLIP, EVA, timm's, Hugging Face's).
+    What `describe_config` made of one may stand in the place of a name; then open_clip is not asked. Raises UserError
+    for an unknown name and for towers of other kinds (SigLIP, EVA, timm's, Hugging Face's).
     """
+    if not isinstance(model, str):
+        return _read_config(model)
     library = open_clip_library()
     names = library.list_models()
     if model not in names:
@@ -113,6 +117,24 @@ def clip_config(model: str) -> ClipConfig:
             mlp_ratio=text.get("mlp_ratio", 4.0), quick_gelu=quick,
         ),
     )  # fmt: skip
+
+
+def describe_config(config: ClipConfig) -> dict[str, Any]:
+    """An architecture as JSON holds it, for models that are built again where open_clip is not installed."""
+    data: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+    return data
+
+
+def _read_config(data: dict[str, Any]) -> ClipConfig:
+    try:
+        vision, words = data["vision"], data["text"]
+        if vision is not None:
+            vision = {key: tuple(value) if isinstance(value, list) else value for key, value in vision.items()}
+        return ClipConfig(vision and VisionConfig(**vision), words and TextConfig(**words))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{str(data)[:60]} is no architecture of CLIP ({error}); give a name of open_clip, such as ViT-B-16"
+        ) from error
 
 
 def config_of(state: dict[str, Tensor], *, quick_gelu: bool = True) -> ClipConfig:

@@ -67,8 +67,10 @@ class Checkpoint:
         tower.load_state_dict(state, strict=False)
 
 
-def find_clip(model: str | None, weights: str | None, *, quick_gelu: bool | None = None) -> Checkpoint:
-    """The architecture of `model`, a name of open_clip, with `weights`: a tag such as `openai`, a file, or None.
+def find_clip(
+    model: str | dict[str, Any] | None, weights: str | None, *, quick_gelu: bool | None = None
+) -> Checkpoint:  # fmt: skip
+    """The architecture of `model`, as `clip_config` takes it, with `weights`: a tag such as `openai`, a file, or None.
 
     Without `model` the architecture is read off the file, with heads of 64 channels and quick GELU unless
     `quick_gelu=False`. Files: .safetensors, or .pt of tensors, or OpenAI's TorchScript archive, from which only tensors
@@ -79,7 +81,7 @@ def find_clip(model: str | None, weights: str | None, *, quick_gelu: bool | None
             raise UserError(
                 "neither a CLIP model nor weights are given; name one, such as ViT-B-16 with weights openai"
             )
-        return Checkpoint(_with_gelu(clip_config(model), quick_gelu), None, model)
+        return Checkpoint(_with_gelu(clip_config(model), quick_gelu), None, str(model))
     path = Path(weights).expanduser()
     if path.suffix in SUFFIXES or path.exists():
         state, openai = official(read_tensors(path))
@@ -87,7 +89,7 @@ def find_clip(model: str | None, weights: str | None, *, quick_gelu: bool | None
     else:
         path, cfg = _download(model, weights)
         state, openai = official(read_tensors(path))
-        needed = bool(cfg.get("quick_gelu", model is not None and model.endswith("quickgelu")))
+        needed = bool(cfg.get("quick_gelu", str(model).endswith("quickgelu")))
     if needed is not None and quick_gelu not in (None, needed):
         raise UserError(f"quick_gelu={quick_gelu} contradicts {weights}, which was trained with {needed}; leave it out")
     config = config_of(state) if model is None else clip_config(model)
@@ -168,9 +170,9 @@ def _with_gelu(config: ClipConfig, quick_gelu: bool | None) -> ClipConfig:
     return ClipConfig(vision, text)
 
 
-def _download(model: str | None, tag: str) -> tuple[Path, dict[str, Any]]:
+def _download(model: str | dict[str, Any] | None, tag: str) -> tuple[Path, dict[str, Any]]:
     """The file of a pretrained tag, from the hub's cache or the network, and what open_clip knows of it."""
-    if model is None:
+    if not isinstance(model, str):
         raise UserError(f"{tag!r} is no file, and a tag needs a model; name one, such as ViT-B-16")
     library = open_clip_library()
     bare = model.removesuffix("-quickgelu")

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import astuple
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
@@ -18,9 +19,10 @@ from torch import Tensor
 
 from segvit.contracts import UserError
 from segvit.files import cache_folder, write_bytes
+from segvit.text.checkpoint import Checkpoint, read_tensors
 from segvit.text.templates import fill, find_templates
 from segvit.text.tokenize import tokenize
-from segvit.text.tower import TextTower, end_positions
+from segvit.text.tower import TextTower, build_text, end_positions
 
 Name = str | Sequence[str]  # a class: one name, or synonyms
 BATCH = 256  # sentences at a time
@@ -78,6 +80,40 @@ def embed_sentences(tower: TextTower, sentences: Sequence[Sequence[str]]) -> Ten
     every = torch.cat(vectors)
     means = [every[[place[sentence] for sentence in group]].mean(0) for group in sentences]
     return F.normalize(torch.stack(means), dim=-1)
+
+
+def class_vectors(
+    found: Checkpoint, names: Sequence[Name] | None, *, num_classes: int, templates: str | Sequence[str],
+    file: str | None,
+) -> Tensor:  # fmt: skip
+    """The unit vectors (K, E) that a model is built with: those in a file, or of the names, or random without weights.
+
+    Raises UserError for another number of names or vectors than classes.
+    """
+    if names is not None and len(names) != num_classes:
+        raise UserError(f"class_names has {len(names)} entries, but the model has {num_classes} classes")
+    if file is not None:
+        return read_vectors(Path(file).expanduser(), (num_classes, found.vision.embed_dim))
+    if found.state is None:
+        return F.normalize(torch.randn(num_classes, found.vision.embed_dim), dim=-1)
+    if names is None:
+        raise UserError("class_names are needed with CLIP's weights: their text tower makes the class vectors")
+    return class_embeddings(build_text(found), names, templates=templates).detach()
+
+
+def read_vectors(path: Path, shape: tuple[int, int]) -> Tensor:
+    """The class vectors in a .npy, .npz, .safetensors or .pt file, made unit ones.
+
+    Raises UserError unless there is one table of that shape (K, E) in it.
+    """
+    try:
+        content = np.load(path) if path.suffix in (".npy", ".npz") else read_tensors(path)
+        tables = [content] if isinstance(content, np.ndarray) else [content[key] for key in content]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as class vectors ({error}); give .npy, .npz or .safetensors") from error
+    if len(tables) != 1 or tuple(tables[0].shape) != shape:
+        raise UserError(f"{path} holds {[tuple(t.shape) for t in tables]}; give one table {shape}: classes, channels")
+    return F.normalize(torch.as_tensor(tables[0]).float(), dim=-1)
 
 
 def _digest(tower: TextTower, sentences: list[list[str]]) -> str:

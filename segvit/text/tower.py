@@ -10,7 +10,7 @@ Shapes    K texts, L tokens, D width, E joint channels, n context vectors; `...`
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -138,7 +138,8 @@ def convert_text(state: dict[str, Tensor], *, context_length: int | None = None)
 
 
 def text_tower(
-    model: str | None, *, weights: str | None = None, quick_gelu: bool | None = None, context_length: int | None = None
+    model: str | dict[str, Any] | None, *, weights: str | None = None, quick_gelu: bool | None = None,
+    context_length: int | None = None,
 ) -> TextTower:  # fmt: skip
     """The text tower of a name of open_clip, or of the weights alone; see `find_clip` for the arguments.
 

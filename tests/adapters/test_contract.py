@@ -52,7 +52,7 @@ def tuned(method: str, name: str = "segmenter_vit_tiny", **options: Any) -> Any:
 
 def needed(method: str) -> dict[str, Any]:
     """The options without which a method cannot be."""
-    return {"text_weights": text_file()} if method == "lv_adapter" else {}
+    return {"text_weights": text_file()} if method in ("lv_adapter", "cavpt") else {}
 
 
 def images(side: int = 40) -> Tensor:

@@ -43,7 +43,11 @@ OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
     ("lora", "pvt_v2"): {"target_modules": ["q", "kv"]},
 }
 PROMPTED = {"vit", "dinov3", "swin"}  # prompts are tokens, which only these backbones have
-SUPPORTED = {(m, n) for m in ADAPTERS for n in NETWORKS if not m.startswith("vpt") or n in PROMPTED}
+SUPPORTED = {(m, n) for m in ADAPTERS for n in NETWORKS if not m.startswith("vpt") or n in PROMPTED} - {
+    ("cavpt", n)
+    for n in NETWORKS
+    if n not in ("vit", "dinov3")  # plain ViTs only
+}
 PAIRS = [
     pytest.param(m, n, id=f"{m}-{n}", marks=() if n in IN_DEFAULT else pytest.mark.slow) for m, n in sorted(SUPPORTED)
 ]

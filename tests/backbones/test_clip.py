@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,23 @@ def test_dense_tokens_of_the_vit(tmp_path: Path) -> None:
     expected = (visual.ln_post(features.maps[1].flatten(2).mT) @ visual.proj).mT.unflatten(2, (4, 4))
     torch.testing.assert_close(features.extras["dense"], expected, rtol=1e-5, atol=1e-5)
     assert [m.shape for m in features.maps] == [(2, 128, 4, 4)] * 2
+
+
+@torch.no_grad()
+def test_a_resnet_without_padding_loses_what_fills_no_cell() -> None:
+    config = clip_config("RN50-quickgelu").vision
+    assert config is not None
+    small = replace(config, width=8, layers=(1, 1, 1, 1), heads=4, embed_dim=16)
+    torch.manual_seed(0)
+    resnet = ClipResNet(small, image_size=(64, 64), padded=False).eval()
+    images = torch.randn(1, 3, 70, 100)
+    features = resnet(images)
+    assert [tuple(m.shape[-2:]) for m in features.maps] == [(17, 25), (8, 12), (4, 6), (2, 3)]
+    assert features.covers == (70, 100)
+    inside = resnet(images[..., :64, :96])  # a multiple: no difference, and none either when padding is asked for
+    resnet.padded = True
+    assert torch.equal(resnet(images[..., :64, :96]).maps[-1], inside.maps[-1])
+    assert tuple(resnet(images).maps[-1].shape[-2:]) == (3, 4)
 
 
 @torch.no_grad()

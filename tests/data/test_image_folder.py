@@ -41,6 +41,18 @@ def test_a_folder_without_train_has_the_classes_of_its_first_split(tmp_path: Pat
     assert list(open_image_folder(tmp_path).splits) == ["test"]
 
 
+def test_splits_with_classes_of_their_own(folder: Path) -> None:
+    write(folder / "test" / "ant" / "e.png", 200)
+    write(folder / "test" / "dog" / "f.png", 250)
+    with pytest.raises(UserError, match=r"test/ant: train has no class 'ant'"):
+        open_image_folder(folder)
+    data = open_image_folder(folder, own_classes=True)
+    assert data.names == ("cat", "dog", "ant")  # ids of train stay as they are
+    assert data.classes("train") == ("cat", "dog")
+    assert data.classes("test") == ("dog", "ant")
+    assert [label for _, label in data.items("test")] == [2, 1]
+
+
 def test_mistakes(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no split 'test'; there are train, val"):
         open_image_folder(folder).items("test")

@@ -118,3 +118,28 @@ def test_an_empty_training_set_is_refused():
 
     with pytest.raises(UserError, match="holds no images"):
         batches([[0]], dataset=Empty())
+
+
+def test_a_batch_at_several_sizes_shows_the_same_crops():
+    (whole,) = batches([[4, 5]], augment=Augment(crop=(64, 96)))
+    small, large = batches([[(4, 0.75), (5, 0.75)], [(4, 1.25), (5, 1.25)]], augment=Augment(crop=(64, 96)))
+    assert small.images.shape[2:] == small.masks.shape[1:] == (64, 64)
+    assert large.images.shape[2:] == large.masks.shape[1:] == (64, 128)
+    for batch in (small, large):
+        assert batch.names == whole.names
+        torch.testing.assert_close(batch.images[..., 0, 0], whole.images[..., 0, 0])  # corners fall on corners
+        torch.testing.assert_close(batch.images[..., -1, -1], whole.images[..., -1, -1])
+        assert torch.equal(batch.masks[:, -1, -1], whole.masks[:, -1, -1])
+        assert set(batch.masks.unique().tolist()) <= set(whole.masks.unique().tolist())
+
+
+def test_colours_come_from_other_images_and_leave_the_crops_alone():
+    recipe = {"crop": (32, 32), "photometric": False}
+    (plain,) = batches([[0, 1, 2, 3]], augment=Augment(**recipe))
+    (always,) = batches([[0, 1, 2, 3]], augment=Augment(**recipe, color_transfer=1.0))
+    (some,) = batches([list(range(10))], augment=Augment(**recipe, color_transfer=0.5))
+    (none,) = batches([list(range(10))], augment=Augment(**recipe))
+    assert torch.equal(plain.masks, always.masks)
+    assert not torch.equal(plain.images, always.images)
+    kept = [torch.equal(one, other) for one, other in zip(some.images, none.images, strict=True)]
+    assert 1 <= sum(kept) <= 9

@@ -17,6 +17,7 @@ from segvit.data.transforms import (
     hue,
     photometric,
     random_flip,
+    random_turn,
     rare_crop,
     resize_and_crop,
     rgb_to_hsv,
@@ -242,3 +243,83 @@ def test_other_channel_counts_have_no_saturation_and_hue(channels):
     np.testing.assert_array_equal(result.image, contrast(brightness(image, 7.0), 1.25))
     whole = augment(sample, Augment(crop=(16, 24), cat_max_ratio=1), RNG(2), 255)
     assert whole.image.shape == (16, 24, channels)
+
+
+class Answers(Scripted):
+    """Also answers `random`."""
+
+    def random(self):
+        return self.answers.pop(0)
+
+
+def test_transunet_turns_by_quarters_or_tilts_or_neither():
+    image = np.arange(48, dtype=np.uint8).reshape(6, 8, 1)
+    sample = Sample(image, image[..., 0] % 7, "x")
+    turned = random_turn(sample, Answers(0.6, 3, 1))
+    np.testing.assert_array_equal(turned.image, np.rot90(image, 3)[:, ::-1])
+    np.testing.assert_array_equal(turned.mask, turned.image[..., 0] % 7)
+    assert random_turn(sample, Answers(0.4, 0.5)) is sample
+    draws = Answers(0.4, 0.6, 15)
+    tilted = random_turn(sample, draws)
+    assert draws.asked == [(-20, 20)]
+    assert tilted.image.shape == image.shape
+    assert set(tilted.image.ravel().tolist()) < {0, *image.ravel().tolist()}  # nearest: no value in between
+    np.testing.assert_array_equal(tilted.mask[2:4, 3:5], tilted.image[2:4, 3:5, 0] % 7)
+    assert tilted.mask[0, 0] == 0  # a corner from outside
+
+
+def test_stretched_to_the_crop_by_either_filter():
+    sample = halves(40, 50)
+    for how in ("bilinear", "nearest", "spline"):
+        recipe = Augment(crop=(20, 30), stretch=True, resize=how, ratio_range=(1.0, 1.0), cat_max_ratio=1.0)
+        out = resize_and_crop(sample, recipe, RNG(0), 255)
+        assert out.image.shape == (20, 30, 3)
+        np.testing.assert_array_equal(out.mask, np.repeat([[0] * 15 + [1] * 15], 20, 0))
+        places = out.image[0, :, 0].astype(int)
+        if how == "nearest":
+            assert places.tolist() == [i * 50 // 30 for i in range(30)]
+        else:
+            corners = (0, 49) if how == "spline" else (0, 49 - 0.33)
+            np.testing.assert_allclose(places, np.linspace(*corners, 30), atol=1.1)
+    assert places[0] == 0
+    assert places[-1] == 49  # splines meet at the corners
+    larger = resize_and_crop(
+        sample,
+        Augment(crop=(20, 30), scale=(40, 60), stretch=True, ratio_range=(1.0, 1.0), cat_max_ratio=1.0),
+        RNG(0),
+        255,
+    )
+    assert larger.image.shape == (20, 30, 3)
+
+
+def test_upside_down_and_the_stream_without_it():
+    plain = Augment(crop=(40, 50), ratio_range=(1.0, 1.0), flip=0.0, photometric=False, cat_max_ratio=1.0)
+    sample = Sample(NOISE, NOISE[..., 0] % 3, "x")
+    upright = augment(sample, plain, RNG(3), 255)
+    turned = augment(sample, Augment(**vars(plain) | {"flip_vertical": 1.0}), RNG(3), 255)
+    np.testing.assert_array_equal(turned.image, upright.image[::-1])
+    np.testing.assert_array_equal(turned.mask, upright.mask[::-1])
+    never = augment(sample, Augment(**vars(plain) | {"photometric": True}), RNG(3), 255)
+    again = augment(sample, Augment(**vars(plain) | {"photometric": True, "passes": (0.5,)}), RNG(3), 255)
+    np.testing.assert_array_equal(never.image, again.image)
+
+
+def test_colours_of_another_image():
+    recipe = Augment(crop=(40, 50), ratio_range=(1.0, 1.0), flip=0.0, photometric=False, cat_max_ratio=1.0)
+    sample, other = Sample(NOISE, NOISE[..., 0] % 3, "x"), np.full((5, 6, 3), (200, 40, 30), np.uint8)
+    out = augment(sample, recipe, RNG(0), 255, other=other)
+    np.testing.assert_allclose(out.image.mean((0, 1)), (200, 40, 30), atol=2)
+    np.testing.assert_array_equal(out.mask, sample.mask)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"flip_vertical": 1.5}, "augment.flip_vertical is 1.5; it is a probability"),
+        ({"color_transfer": -0.1}, "augment.color_transfer is -0.1; it is a probability"),
+        ({"passes": (1.0, 0.0)}, r"augment.passes is \[1.0, 0.0\]; give positive factors"),
+    ],
+)
+def test_recipes_that_make_no_sense(options, message):
+    with pytest.raises(UserError, match=message):
+        Augment(**options)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segvit.engine.run import RunLog
+from segvit.data.transforms import Augment
+from segvit.engine.run import RunLog, changes
 
 
 class Tool:
@@ -85,3 +86,14 @@ def test_other_processes_write_nothing(tmp_path, act):
     arguments = {"row": (row(1),), "picture": (1, "val", np.zeros((2, 2, 3), np.uint8)), "message": ("x",), "close": ()}
     getattr(log, act)(*arguments[act])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_setting_that_an_older_version_did_not_have_was_the_default():
+    before = {"seed": 1, "augment": {"flip": 0.5}, "options": {}}
+    default = Augment(crop=(1, 1)).resize
+    assert list(changes(before, before | {"teacher": None, "augment": {"flip": 0.5, "resize": default}})) == []
+    assert list(changes(before, before | {"augment": {"flip": 0.5, "resize": "x"}})) == [
+        f"augment.resize: {default} -> x"
+    ]
+    assert list(changes(before, before | {"options": {"drop_path": 0.0}})) == ["options.drop_path: None -> 0.0"]
+    assert list(changes(before | {"teacher": "a"}, before)) == ["teacher: a -> None"]

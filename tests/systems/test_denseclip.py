@@ -155,6 +155,23 @@ def test_levels_are_made_from_their_places(seeded: torch.Generator) -> None:
     torch.testing.assert_close(double, F.conv_transpose2d(same, up.weight, up.bias, stride=2))
 
 
+def test_levels_of_patches_of_8(seeded: torch.Generator) -> None:
+    """As the official code builds them for that patch: twice, once, half and a quarter; scores join the second."""
+    levels, maps = Levels(8, [0, 0, 0, 0], fine=True).eval(), [torch.randn(1, 8, 4, 6)]
+    with torch.no_grad():
+        double, same, half, quarter = levels(maps)
+    normed = F.group_norm(maps[0], 1)
+    torch.testing.assert_close(same, normed)
+    torch.testing.assert_close(half, F.max_pool2d(normed, 2))
+    torch.testing.assert_close(quarter, F.max_pool2d(normed, 4))
+    assert double.shape == (1, 8, 8, 12)
+    model = build(clip="ViT-B-16-quickgelu", vision=VIT["vision"] | {"patch_size": 8})
+    assert model.scored == 1
+    with torch.no_grad():
+        out = model(torch.randn(1, 3, 32, 48))
+    assert (out.logits.shape, out.extras["score_map"].shape) == ((1, K, 8, 12), (1, K, 4, 6))
+
+
 def test_any_pyramid() -> None:
     options = SMALL | {"backbone": "resnet18", "drop_path": 0.1}
     model = denseclip.denseclip(**options).eval()

@@ -6,13 +6,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from segvit.backbones.clip import ClipResNet, Towers, clip_vit
-from segvit.contracts import UserError
+from segvit.backbones.clip import ClipResNet, Towers, clip_towers, clip_vit
+from segvit.contracts import Classes, UserError
+from segvit.model_folder import load_model, match_classes, save_model
 from segvit.systems import dpt_clip
-from segvit.systems.dpt_clip import DualPromptClip, losses
+from segvit.systems.dpt_clip import DualPromptClip, criterion, losses, normalisers
+from segvit.tasks import classify
 from segvit.text.architecture import TextConfig, VisionConfig
 from segvit.text.embeddings import class_embeddings
 from segvit.text.tower import TextTower
+from segvit.zoo import build_network, create_model
+from tests.tasks.test_classify import run, write_folder
 
 NAMES = ["cat", "hair_drier", "sea", "tv monitor"]
 
@@ -34,7 +38,7 @@ def images():
 
 def test_logits_by_definition(images):
     model = build(template="{} texture.")
-    out = model(images)
+    out = model.outputs(images)
     words = model.text_prompts(model.text)
     plain = model.image(images).pooled
     general = class_embeddings(
@@ -52,11 +56,11 @@ def test_logits_by_definition(images):
 
 
 def test_no_more_prompts_than_classes(images):
-    assert build(class_prompts=10)(images).selected.sort(dim=1).values.tolist() == [[0, 1, 2, 3]] * 3
+    assert build(class_prompts=10).outputs(images).selected.sort(dim=1).values.tolist() == [[0, 1, 2, 3]] * 3
 
 
 def test_without_class_aware_prompts(images):
-    out = build(bottom_limit=4)(images)
+    out = build(bottom_limit=4).outputs(images)
     assert out.class_logits.shape == (3, 0, 2, 4)
     assert "loss_class" not in losses(out, torch.tensor([0, 1, 2]), epoch=0)
 
@@ -65,13 +69,13 @@ def test_only_prompts_train(images):
     model = build()
     training = {id(p) for group in dpt_clip.parameter_groups(model) for p in group["params"]}
     assert training == {id(p) for p in model.parameters() if p.requires_grad}
-    out = model(images)
+    out = model.outputs(images)
     torch.stack(list(losses(out, out.selected[:, 0], epoch=0).values())).sum().backward()
     assert all((p.grad is not None) == (id(p) in training) for p in model.parameters())
 
 
 def test_phases_of_the_loss(images):
-    out = build()(images)
+    out = build().outputs(images)
     labels = out.selected[:, 0]
     early, late = losses(out, labels, epoch=29), losses(out, labels, epoch=30)
     assert set(early) == {"loss_text", "loss_image", "loss", "loss_class"}
@@ -82,7 +86,7 @@ def test_phases_of_the_loss(images):
 
 
 def test_auxiliary_loss_is_over_prompts_of_the_true_class(images):
-    out = build()(images)
+    out = build().outputs(images)
     unselected = next(k for k in range(4) if k not in out.selected[2].tolist())
     labels = torch.tensor([int(out.selected[0, 1]), int(out.selected[1, 0]), unselected])
     values = [
@@ -129,7 +133,7 @@ def test_convert_for_new_classes(images):
     state = dpt_clip.convert(official(build()), new_classes=True)
     assert not other.load_state_dict(state, strict=False).unexpected_keys
     assert torch.equal(other.text_prompts.context, state["text_prompts.context"])
-    assert other(images).logits.shape == (3, 2)
+    assert other.outputs(images).logits.shape == (3, 2)
 
 
 def test_errors():
@@ -141,3 +145,68 @@ def test_errors():
         build(class_prompts=0)
     with pytest.raises(UserError, match="names two classes"):
         build(["tv monitor", "tv_monitor"])
+
+
+TOWERS = {
+    "embed_dim": 8, "vision": {"width": 16, "layers": 2, "heads": 2, "patch_size": 8, "image_size": 32},
+    "text": {"width": 16, "layers": 1, "heads": 2}, "context": 3, "length": 2,
+}  # fmt: skip
+
+
+def test_the_phase_follows_from_the_steps(images):
+    model, labels = build(general_steps=2).train(), torch.tensor([0, 1, 2])
+    totals, found = normalisers(labels), []
+    for _ in range(3):
+        out = model(images)
+        found.append(criterion(out, labels, totals))
+        parts = losses(model.outputs(images), labels, epoch=len(found) - 1, general_epochs=2)
+        torch.testing.assert_close(torch.stack(list(found[-1].values())).sum(), torch.stack(list(parts.values())).sum())
+    assert ["loss_text" in terms for terms in found] == [True, True, False]
+    assert not torch.equal(found[2]["loss_both"], criterion(out, labels, totals, label_smoothing=0.2)["loss_both"])
+    assert "loss_text" not in criterion(model.eval()(images), labels, totals)
+    assert model.steps == 3
+
+
+def test_it_is_a_classifier_of_the_catalogue(images, tmp_path):
+    classes = Classes(tuple(NAMES), ((0, 0, 0),) * 4)
+    torch.manual_seed(0)
+    model = create_model("dpt_clip_vit_base", classes=classes, **TOWERS).eval()
+    assert model(images).logits.shape == (3, 4, 1, 1)
+    assert model.spec.mean == pytest.approx((0.481, 0.458, 0.408), abs=1e-3)
+    model.text_prompts.context.data += 1
+    save_model(model, tmp_path / "model")
+    assert torch.equal(load_model(tmp_path / "model")(images).logits, model(images).logits)
+    fewer = create_model("dpt_clip_vit_base", classes=Classes(("sea", "dog"), ((0, 0, 0),) * 2), **TOWERS).eval()
+    match_classes(fewer, model)
+    assert torch.equal(fewer.text_prompts.context, model.text_prompts.context)
+    assert torch.equal(fewer.text_prompts.rest[0], model.text_prompts.rest[2])
+
+
+def test_classification_from_a_folder(tmp_path):
+    data = write_folder(tmp_path / "images", train=3, val=2, names=("bars", "disc", "plain"))
+    changes = {"model": "dpt_clip_vit_base", "options": TOWERS | {"general_steps": 2}}
+    found = classify.train_classifier(run(data, tmp_path / "run", **changes))
+    assert found["images"] == 6
+    model = load_model(tmp_path / "run")
+    assert model.steps == 4
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert ["loss_image" in row for row in rows] == [True, True, False, False]
+    rows = classify.classify_files(str(data / "val" / "disc"), str(tmp_path / "run"), top=3, done=lambda *_: None)
+    assert {one["class"] for one in rows[0]["classes"]} == {"bars", "disc", "plain"}
+
+
+@pytest.mark.parametrize(("classes", "millions"), [(100, 1.213184), (1000, 1.904384)])
+def test_trained_parameters_of_the_card(classes, millions):
+    """1.213 M and 1.904 M with class-aware prompts in the last block; nobody published multiply-adds."""
+    with torch.device("meta"):
+        model = build_network("dpt_clip_vit_base", num_classes=classes)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == round(1e6 * millions)
+
+
+@pytest.mark.parametrize(("clip", "millions", "image"), [("ViT-B-16", 149.62, 86.19), ("RN50", 102.01, 38.32)])
+def test_parameters_of_clip_s_towers(clip, millions, image):
+    with torch.device("meta"):
+        towers = clip_towers(f"{clip}-quickgelu")
+    counts = [sum(p.numel() for p in tower.parameters()) / 1e6 for tower in (towers.image, towers.text)]
+    assert counts[0] == pytest.approx(image, abs=0.006)
+    assert sum(counts) + 1e-6 == pytest.approx(millions, abs=0.006)

@@ -150,8 +150,24 @@ def test_bam_takes_off_base_classes():
 def test_wrong_options():
     with pytest.raises(UserError, match="unknown few-shot backbone 'vgg16'"):
         few_shot(head="baseline", backbone="vgg16")
-    with pytest.raises(UserError, match="shot is for the baseline"):
+    with pytest.raises(UserError, match="shot is for learned weights"):
         few_shot(head="pfenet", shot=5, dim=8)
+    with pytest.raises(UserError, match="BAM needs a base learner"):
+        few_shot(head="bam", backbone="tiny", dim=8)
+
+
+def test_bam_keeps_a_tuned_backbone_fit_for_its_base_learner():
+    model = few_shot(head="bam", backbone="tiny", dim=8, base_classes=3, base_hidden=8).eval()
+    svf(model.matcher.backbone)
+    query, supports, masks = episode(2, 1, (65, 65))
+    target, base = masks[:, 0].to(torch.uint8), torch.full((2, 65, 65), 2, dtype=torch.uint8)
+    totals = normalisers(target, ignore_index=255)
+    losses = criterion(model(query, supports, masks), target, totals, base_masks=base)
+    assert set(losses) == {"loss_ce", "loss_meta", "loss_base"}
+    losses["loss_base"].backward()
+    tuned = {name: value for name, value in model.named_parameters() if name.endswith("singular_values")}
+    assert all(value.grad is not None and value.grad.abs().sum() > 0 for value in tuned.values())
+    assert all(value.grad is None for value in model.base.parameters())
 
 
 def test_official_backbone_files_load(tmp_path):

@@ -24,6 +24,7 @@ from segvit.systems.frpt import (
     sampling_grid,
     shallow_map,
 )
+from segvit.zoo import MODELS, RETRIEVERS, create_model, find_system
 
 
 def small(form: str, classes: int = 3) -> FRPT:
@@ -63,6 +64,24 @@ def test_sizes_are_those_of_the_card(build, count):
 def test_prompt_head_and_classifier_train_and_nothing_else(options, count):
     with torch.device("meta"):
         assert trained(frpt(num_classes=100, **options)) == count
+
+
+@pytest.mark.parametrize(
+    ("name", "backbone", "count"),
+    [
+        ("frpt_resnet50", 23_508_032, 246_016 + 1_048_576 + 2049 * 100),
+        ("frpt_resnet101", 42_500_160, 246_016 + 1_048_576 + 2049 * 100),
+        ("frpt_released_resnet50", 23_508_032, 4_746 + 29_366_272 + 2048 + 2048 * 100),
+        ("frpt_released_resnet101", 42_500_160, 4_746 + 29_366_272 + 2048 + 2048 * 100),
+    ],
+)
+def test_the_catalogue_has_them_apart_from_the_dense_models(name, backbone, count):
+    assert RETRIEVERS.keys().isdisjoint(MODELS)
+    assert find_system(name).task == "retrieve"
+    with torch.device("meta"):
+        model = create_model(name, num_classes=100)
+    assert trained(model) == count
+    assert sum(parameter.numel() for parameter in model.backbone.parameters()) == backbone
 
 
 @pytest.mark.parametrize("size", [(9, 9), (7, 12)])
@@ -193,6 +212,7 @@ def test_recall_of_a_folder(tmp_path):
     ("call", "message"),
     [
         (lambda: frpt(num_classes=2, form="released", bottleneck_dim=8), "bottleneck_dim is no option"),
+        (lambda: frpt(num_classes=2, form="released", kernel=9), "kernel is no option"),
         (lambda: frpt(num_classes=2, size=64), "size is no option"),
         (lambda: ParsingPrompt(4, kernel=6), "kernel is 6"),
         (lambda: SaliencySampler(4, cells=1), "a grid of 1 cells"),

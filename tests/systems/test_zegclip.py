@@ -17,7 +17,8 @@ from segvit.nn.tokens import Step
 from segvit.systems import zegclip
 from segvit.text.embeddings import class_embeddings
 from segvit.text.tower import text_tower
-from segvit.zoo import create_model
+from segvit.zoo import build_network, create_model
+from tests.counting import gmacs
 from tests.text.clips import clip_file, openai_state, tiny_clip
 
 NAMES = ("cat", "dog", "train", "sofa", "tree")
@@ -229,3 +230,25 @@ def test_weights_that_need_the_other_gelu_are_refused(tmp_path: Path) -> None:
     torch.save(openai_state(tiny_clip()), tmp_path / "openai.pt")
     with pytest.raises(UserError, match="need quick GELU; choose backbone ViT-B-16-quickgelu"):
         zegclip.zegclip(num_classes=5, class_names=NAMES, backbone="ViT-B-16", weights=str(tmp_path / "openai.pt"))
+
+
+# Learnable parameters and multiply-adds of one 512 crop, measured on the official code (its README: 13.8 M and 110.4 G,
+# 14.6 M and 123.9 G), and those of the encoder alone.
+PUBLISHED = {"voc12": (10, 20, 13_821_184, 108.7, 110.6), "coco_stuff164k": (100, 171, 14_650_624, 120.6, 124.2)}
+SELF_ATTENTION = 3 * (4 * (512 * 512 + 512) + 2 * 512)  # of three layers with its norm, which never runs
+LAST_LAYER = 2 * (512 * 512 + 512) + 2 * 512 * 2048 + 2048 + 512 + 4 * 512  # values, output, MLP and norms of the third
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("data", ["voc12", pytest.param("coco_stuff164k", marks=pytest.mark.slow)])
+def test_published_counts(data: str) -> None:
+    prompts, classes, learnable, encoder, whole = PUBLISHED[data]
+    with torch.device("meta"):
+        model: Any = build_network("zegclip_vit_base", num_classes=classes, prompts=prompts)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trained == learnable - SELF_ATTENTION - LAST_LAYER
+    model.requires_grad_(False)  # else the counter asks for gradients
+    assert gmacs(model.backbone, (512, 512)) == pytest.approx(encoder, abs=0.051)
+    # What the third layer makes of its attention is not computed here.
+    unused = 1024 * 512 * 512 + classes * (1024 * 512 + 512 * 512 + 2 * 512 * 2048)
+    assert gmacs(model, (512, 512)) + unused / 1e9 == pytest.approx(whole, abs=0.051)

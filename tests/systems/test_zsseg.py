@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from segvit.contracts import UserError
 from segvit.systems import zsseg
-from segvit.systems.zsseg import ZSSeg, convert, criterion, fuse, normalisers, pseudo_labels, zsseg_resnet101c
+from segvit.systems.zsseg import ZSSeg, convert, criterion, fuse, normalisers, zsseg_resnet101c
+from tests.counting import gmacs
 
 SEEN = torch.tensor([True, True, False])
 VISION = {"width": 64, "layers": 1, "heads": 2, "patch_size": 16, "image_size": 32}
@@ -77,15 +78,6 @@ def test_labels_of_unseen_classes_are_hidden() -> None:
     assert out.extras["scores"][..., 2].max() == 0
 
 
-def test_pseudo_labels_keep_what_is_known_and_reject_what_is_unsure() -> None:
-    scores = torch.tensor([[5.0, 0.0, 0.0], [0.0, 0.0, 0.0], [1.0, 3.0, 0.1]])[:, None]
-    masks = torch.tensor([[255, 0, 1]])
-    assert pseudo_labels(scores, masks, seen=SEEN, rejected=9).tolist() == [[2, 0, 1]]
-    assert pseudo_labels(scores, None, seen=SEEN, rejected=9, least=0.5).tolist() == [[9, 2, 9]]
-    with pytest.raises(UserError, match="every class is seen"):
-        pseudo_labels(scores, masks, seen=torch.ones(3, dtype=torch.bool), rejected=9)
-
-
 def official(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Some of a ResNet-101c's checkpoint by its names."""
     stem = {f"backbone.stem.conv{i}.{part}": torch.zeros(1) for i in (1, 2, 3) for part in ("weight", "norm.weight")}
@@ -115,6 +107,22 @@ def test_trained_parameters_of_the_original(build: Any, millions: float) -> None
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad and id(p) not in fixed)
     assert trained / 1e6 == pytest.approx(millions, abs=0.006)
     assert sum(p.numel() for p in model.regions.parameters()) / 1e6 == pytest.approx(86.19, abs=0.006)
+
+
+@torch.no_grad()
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("build", "at_512", "at_640"), [(zsseg.zsseg_resnet50, 51.2, 79.2), (zsseg_resnet101c, 77.7, 120.5)]
+)
+def test_multiply_adds_of_the_original(build: Any, at_512: float, at_640: float) -> None:
+    """Proposals alone, and a hundred crops through CLIP; measured on the official code."""
+    with torch.device("meta"):
+        model = build(num_classes=171).requires_grad_(False)
+    for side, expected in ((512, at_512), (640, at_640)):
+        mixing = 100 * 171 * (side // 4) ** 2  # of the masks by their scores, which the card leaves out
+        assert gmacs(model, (side, side)) - mixing / 1e9 == pytest.approx(expected, abs=0.1)
+    cells = 196 * 768 * 512  # of every patch to the joint space, where the official tower takes the image's alone
+    assert 100 * (gmacs(model.regions.tower, (224, 224)) - cells / 1e9) == pytest.approx(1756.3, abs=0.5)
 
 
 @pytest.mark.slow

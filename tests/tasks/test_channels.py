@@ -1,11 +1,14 @@
 """Images that are not RGB, from the files through training to a saved model that predicts the same."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
+from segvit.cli import main
 from segvit.contracts import UserError
 from segvit.data.dataset import open_dataset
 from segvit.inference.predictor import Predictor
@@ -13,7 +16,7 @@ from segvit.model_folder import load_model
 from segvit.tasks.dense import train
 from segvit.tasks.experiment import Input
 from tests.data.folders import save
-from tests.tasks.tiny import OPTIONS, experiment
+from tests.tasks.tiny import OPTIONS, experiment, write_recipe
 
 tifffile = pytest.importorskip("tifffile")
 RANGE = [100, 4000]
@@ -73,3 +76,32 @@ def test_the_model_must_be_for_the_channels_of_the_data(data, channels, tmp_path
     assert not (tmp_path / "run").exists()
     plain = experiment(tmp_path / "run")
     assert plain.for_channels(3) is plain  # recipes for RGB stay as they are written
+
+
+@pytest.mark.parametrize(("suffix", "bits"), [("png", 8), ("png", 16), ("tif", 16)])
+def test_grey_files_through_the_commands(suffix, bits, tmp_path, capsys):
+    """Train, val and predict read the same levels: what 8 bits hold when 16 bits are the same picture."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 4), ("val", 2)):
+        for i in range(count):
+            mask = (np.add.outer(np.arange(40), np.arange(36)) // (9 + i)) % 3
+            grey = (mask * 80 + rng.integers(0, 60, mask.shape)).astype(np.uint8)
+            values = grey if bits == 8 else grey.astype(np.uint16) * 257
+            save(tmp_path / "data" / "images" / split / f"{i}.{suffix}", values)
+            save(tmp_path / "data" / "masks" / split / f"{i}.png", mask.astype(np.uint8))
+    (tmp_path / "data" / "dataset.yaml").write_text(yaml.safe_dump({
+        **{split: {"images": f"images/{split}", "masks": f"masks/{split}"} for split in ("train", "val")},
+        "classes": {0: "a", 1: "b", 2: "c"}, "channels": 1,
+    }))  # fmt: skip
+    recipe = write_recipe(tmp_path / "recipe.yaml", data=str(tmp_path / "data"), steps=2)
+    main(["train", "--config", str(recipe), "--out", str(tmp_path / "run")])
+    main(["val", str(tmp_path / "run"), "--workers", "0", "--json"])
+    report = json.loads(capsys.readouterr().out)
+    image = tmp_path / "data" / "images" / "val" / f"1.{suffix}"
+    main(["predict", str(image), "--model", str(tmp_path / "run"), "--out", str(tmp_path / "out")])
+    with Image.open(tmp_path / "out" / "1.png") as found:
+        labels = np.array(found)
+    model = load_model(tmp_path / "run")
+    assert model.spec.channels == 1
+    np.testing.assert_array_equal(labels, Predictor(model).segment(grey[..., None])[0])
+    assert report["miou"] == json.loads((tmp_path / "run" / "val.json").read_text())["miou"]

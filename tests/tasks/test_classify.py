@@ -22,6 +22,7 @@ from segvit.tasks import classify
 from segvit.tasks.adapters import merge_adapter
 from segvit.tasks.classify import Classification
 from segvit.tasks.dense import train
+from segvit.tasks.labelled import Draws
 from tests.tasks.tiny import experiment
 
 TINY: dict[str, Any] = {"image_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 64, "drop_path": 0.1}
@@ -135,14 +136,14 @@ def test_pictures_are_cut_square_and_mirrored(folder: Path) -> None:
     spec = InputSpec(exact=(32, 32))
     whole = run(folder, folder, crop=(1.0, 1.0), flip=0.0)
     for draw in range(3):
-        plain, label, name = classify.Draws(data, whole, spec)[draw]
-        mirrored, same, again = classify.Draws(data, replace(whole, flip=1.0), spec)[draw]
+        plain, label, name = Draws(data, whole, spec)[draw]
+        mirrored, same, again = Draws(data, replace(whole, flip=1.0), spec)[draw]
         assert (label, name) == (same, again)
         assert torch.equal(plain.flip(-1), mirrored)
         assert name.split("/")[1] == NAMES[label]
-        part, _, _ = classify.Draws(data, replace(whole, crop=(0.5, 0.5)), spec)[draw]
+        part, _, _ = Draws(data, replace(whole, crop=(0.5, 0.5)), spec)[draw]
         assert part.shape == plain.shape == (3, 32, 32)
-    seen = {classify.Draws(data, whole, spec)[draw][2] for draw in range(18)}
+    seen = {Draws(data, whole, spec)[draw][2] for draw in range(18)}
     assert len(seen) == 18  # an epoch shows every image once
 
 

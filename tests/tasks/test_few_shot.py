@@ -16,7 +16,7 @@ from segvit import cli
 from segvit.backbones.deep_stem import DeepStemResNet
 from segvit.contracts import UserError
 from segvit.systems import few_shot as system
-from segvit.tasks import few_shot
+from segvit.tasks import few_shot, few_shot_base
 from segvit.tasks.few_shot import FewShot
 
 DATA = "synthetic:shapes?train=12&val=10&size=64"
@@ -27,14 +27,17 @@ FOLDS = "folds: [[ball, box], [tent, flag]]"
 def small() -> Any:
     """Four blocks of four planes, also where the model is loaded again."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(system, "deep_stem_resnet", lambda name, weights: DeepStemResNet((1, 1, 1, 1), stem=4, planes=4))
+        for module in (system, few_shot_base):
+            patch.setattr(
+                module, "deep_stem_resnet", lambda name, weights: DeepStemResNet((1, 1, 1, 1), stem=4, planes=4)
+            )
         yield
 
 
 def run(folder: Path, name: str, **changes: Any) -> FewShot:
     (folder / "folds.yaml").write_text(FOLDS, encoding="utf-8")
     base = FewShot(
-        data=DATA, out=str(folder / name), folds=str(folder / "folds.yaml"), options={"dim": 8}, svf=True, size=49,
+        data=DATA, out=str(folder / name), folds=str(folder / "folds.yaml"), options={"dim": 8}, tune="svf", size=49,
         min_pixels=20, keep_novel=True, steps=4, batch_size=2, episodes=4, seeds=2, device="cpu", workers=0,
         checkpoint_every=2,
     )  # fmt: skip
@@ -60,7 +63,7 @@ def test_a_run_leaves_what_it_should(trained: tuple[Path, dict[str, Any]]) -> No
 
 def test_svf_changes_the_backbone_and_frozen_leaves_it(trained: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = trained
-    few_shot.train_few_shot(run(folder, "frozen", svf=False))
+    few_shot.train_few_shot(run(folder, "frozen", tune="frozen"))
     tuned, frozen = (load_file(folder / name / "model/model.safetensors") for name in ("run", "frozen"))
     assert set(tuned) == set(frozen)
     changed = {key for key in tuned if "backbone" in key and not torch.equal(tuned[key], frozen[key])}
@@ -113,3 +116,43 @@ def test_bad_input(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no few-shot model"):
         few_shot.evaluate_few_shot(str(tmp_path), DATA)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    (folder / "folds.yaml").write_text(FOLDS, encoding="utf-8")
+    arguments = ["--out", str(folder / "base"), "--folds", str(folder / "folds.yaml"), "--hidden", "8", "--size", "49"]
+    arguments += ["--backbone", "tiny", "--min_pixels", "20", "--keep_novel", "true", "--steps", "2"]
+    arguments += ["--batch_size", "2", "--device", "cpu", "--workers", "0"]
+    cli.main(["few_shot", "train_base", DATA, *arguments])
+    return folder
+
+
+def test_bam_takes_its_base_learner(base: Path) -> None:
+    figures = json.loads((base / "base/val.json").read_text())
+    assert list(figures["classes"]) == ["background", "tent", "flag"]
+    settings = run(base, "bam", model="bam_tiny", base=str(base / "base"), tune="svf")
+    few_shot.train_few_shot(settings)
+    learned = load_file(base / "base/model/model.safetensors")
+    whole = load_file(base / "bam/model/model.safetensors")
+    heads = {key.removeprefix("head."): value for key, value in learned.items() if key.startswith("head.")}
+    assert all(torch.equal(whole[f"base.{key}"], value) for key, value in heads.items())
+    stem = "backbone.layer1.0.conv1.weight"
+    assert torch.equal(whole[f"meta.matcher.{stem}"], learned[stem])
+    line = json.loads((base / "bam/metrics.jsonl").read_text().splitlines()[0])
+    assert {"loss_ce", "loss_meta", "loss_base"} <= set(line)
+
+
+def test_a_base_learner_must_fit(base: Path) -> None:
+    wrong = partial(run, base, "other", base=str(base / "base"))
+    with pytest.raises(UserError, match="was trained on the base classes"):
+        few_shot.train_few_shot(wrong(model="bam_tiny", fold=1))
+    with pytest.raises(UserError, match="has another backbone"):
+        few_shot.train_few_shot(wrong(model="pfenet_resnet50"))
+    with pytest.raises(UserError, match="BAM needs a base learner"):
+        few_shot.train_few_shot(wrong(model="bam_tiny", base=None))
+    with pytest.raises(UserError, match="holds no base learner"):
+        few_shot.train_few_shot(wrong(model="bam_tiny", base=str(base)))
+    with pytest.raises(UserError, match="leave one out"):
+        wrong(weights="file.pth")

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from segvit.contracts import UserError
+from segvit.data.transforms import Augment
 from segvit.engine.run import locked
 from segvit.engine.settings import Optim
 from segvit.engine.state import read_state
@@ -394,6 +395,20 @@ def test_the_batch_divides_into_processes_and_micro_batches():
     assert list(run_module.draw_lists(run, Second(), 1, 3)) == [[14, 15], [20, 21], [26, 27], [32, 33]]
     with pytest.raises(UserError, match="batch_size 8 must be a multiple of accumulate x processes = 6"):
         list(run_module.draw_lists(experiment("x", batch_size=8, accumulate=2), Second(), 0, 1))
+
+
+def test_a_batch_is_used_once_at_each_of_its_passes(tmp_path):
+    class Only:
+        """The only process."""
+
+        num_processes, process_index = 1, 0
+
+    run = experiment("x", batch_size=2, augment=Augment(passes=(0.75, 1.25)))
+    wanted = [[(0, 0.75), (1, 0.75)], [(0, 1.25), (1, 1.25)], [(2, 0.75), (3, 0.75)]]
+    assert list(run_module.draw_lists(run, Only(), 0, 3)) == wanted
+    assert list(run_module.draw_lists(run, Only(), 1, 3)) == wanted[1:]  # as a resumed run goes on
+    epochs = experiment("x", steps=None, epochs=2, batch_size=4, augment=Augment(passes=(0.75, 1.25)))
+    assert epochs.total_steps(12) == 12
 
 
 def test_epochs_are_passes_over_the_images():
