@@ -55,8 +55,9 @@ class Readout(NamedTuple):
 
     scores: Callable[[Dense, Size, range], Tensor]
     keeps: tuple[str, ...] = ()  # the extras that `scores` reads; inference drops all others
-    # How sure the winner is: its softmax, or its share of all scores where those are sums of probabilities already.
-    confidence: Literal["softmax", "share"] = "softmax"
+    # How sure the winner is: its softmax, its share of all scores where those are sums of probabilities already, or its
+    # score where each class has a probability of its own.
+    confidence: Literal["softmax", "share", "score"] = "softmax"
     masks: Callable[[Dense], MaskScores | None] | None = None  # None, or giving None: the scores are something else
 
     def __call__(self, out: Dense, size: Size, rows: range) -> Tensor:

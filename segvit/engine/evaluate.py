@@ -34,6 +34,7 @@ Watch = Callable[[int, Sample, NDArray[Any]], None]  # gets an image's number, t
 CONFIDENCE = {
     "softmax": "the softmax of the winning class",
     "share": "the winning class's share of all scores, which are sums of probabilities",
+    "score": "the winning class's score, a probability of its own",
 }
 
 

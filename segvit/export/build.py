@@ -207,7 +207,11 @@ def natural_sizes(model: Model) -> tuple[Size, ...]:
     given = model.config.options.get("image_size", 256)
     side = model.spec.window or model.spec.exact or (given if isinstance(given, list) else (given, given))
     height, width = int(side[0]), int(side[1])
-    return (height, width), (height + 3, width + width // 2 + 5), (max(64, 3 * height // 4) + 16, max(64, 3 * width // 4))
+    return (
+        (height, width),
+        (height + 3, width + width // 2 + 5),
+        (max(64, 3 * height // 4) + 16, max(64, 3 * width // 4)),
+    )
 
 
 def is_transformer(model: nn.Module) -> bool:

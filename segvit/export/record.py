@@ -33,7 +33,7 @@ class Record:
     readout: Place
     extras: tuple[str, ...]  # in the order of the graph's outputs
     plain: bool  # whether the readout is only a resize of the logits
-    confidence: Literal["softmax", "share"]
+    confidence: Literal["softmax", "share", "score"]
     kept_fp32: tuple[str, ...] = ()
 
     @property

@@ -124,7 +124,7 @@ class Predictor:
         pruned = prunable(views[0][0], (height, width), step) if single else None
         for rows, part in pruned or ():
             labels[rows.start : rows.stop] = part.numpy()
-        if pruned:
+        if pruned is not None:
             return labels, None
         for rows, band in self._bands(views, (height, width), step):
             labels[rows.start : rows.stop] = best_class(band).cpu().numpy()
@@ -136,14 +136,14 @@ class Predictor:
     def read(self, image: NDArray[np.uint8]) -> tuple[NDArray[Any], NDArray[np.float32]]:
         """Labels (H, W) as `segment` gives them, and how sure each is (H, W), in 0..1.
 
-        The winner's softmax, or its share of the scores where these are sums of probabilities (SegViT). Averaged views
-        are probabilities already.
+        The winner's softmax, its share of the scores where these are sums of probabilities (SegViT), or its score where
+        each class has a probability of its own (ZegCLIP). Averaged views are probabilities already.
         """
         labels = np.empty(image.shape[:2], self.run.classes.dtype)
         sure = np.empty(image.shape[:2], np.float32)
         for rows, band in self.bands(image):
             best = band.max(0)
-            if self.views.count > 1:
+            if self.views.count > 1 or self.run.readout.confidence == "score":
                 share = best.values
             elif self.run.readout.confidence == "share":
                 share = best.values / band.sum(0).clamp(min=1e-12)
@@ -152,6 +152,23 @@ class Predictor:
             labels[rows.start : rows.stop] = best.indices.cpu().numpy()
             sure[rows.start : rows.stop] = share.clamp(0, 1).cpu().numpy()
         return labels, sure
+
+    @torch.inference_mode()
+    def top(self, image: NDArray[np.uint8], count: int) -> tuple[NDArray[Any], NDArray[np.float32]]:
+        """The `count` best classes of each pixel, best first (count, H, W), and their scores (count, H, W).
+
+        The first are the labels of `segment`. Raises UserError for more classes than there are.
+        """
+        if not 1 <= count <= len(self.run.classes):
+            raise UserError(f"count is {count}; the model has {len(self.run.classes)} classes")
+        labels = np.empty((count, *image.shape[:2]), self.run.classes.dtype)
+        values = np.empty((count, *image.shape[:2]), np.float32)
+        for rows, band in self.bands(image):
+            # Stable, so that of equal scores the first class comes first, as in the labels.
+            best = band.sort(dim=0, descending=True, stable=True)
+            labels[:, rows.start : rows.stop] = best.indices[:count].cpu().numpy()
+            values[:, rows.start : rows.stop] = best.values[:count].cpu().numpy()
+        return labels, values
 
     def bands(self, image: NDArray[np.uint8]) -> Iterator[tuple[range, Tensor]]:
         """Bands of class scores (K, R, W) at the image's own size, from top to bottom."""

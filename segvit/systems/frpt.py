@@ -8,7 +8,8 @@ Forms     `paper`: content parsing by a 31 x 31 kernel on the first stage, gate 
           `released`: 1 x 1 kernel on the third stage, a grid of 31 cells, a trained Gaussian, gate with r = 1 and two
           convolutions, GeM, batch norm, classifier without bias.
 Found     in the released code: all of that form. Proposed, as the paper is silent: its Gaussian is the released one in
-          shares of the map, and the attention is repeated beyond the border, so that an even one changes nothing. The
+          shares of the map, and the attention is repeated beyond the border, so that an even one changes nothing; the
+          kernel starts at 0. With a mean behind it the norm of the equation's gate leaves no trace (its mean is 0). The
           paper counts 2.62M for a head whose equation has 1.05M; `bottleneck_dim=384` is one of the fits.
 Differs   from the released code: timm's backbones (no IBN-a, no stride 1 in the last stage, another first pooling).
 Checked   tests/golden/frpt__* (Pual2013/FRPT).
@@ -47,6 +48,7 @@ class ParsingPrompt(nn.Module):
         if kernel % 2 == 0:
             raise UserError(f"kernel is {kernel}; an odd one keeps the size of the map")
         self.parse = nn.Conv2d(dim, 1, kernel, padding=kernel // 2, bias=False)
+        nn.init.zeros_(self.parse.weight)  # even attention: training starts from the image as it is
 
     def forward(self, images: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         attention = spatial_softmax(self.parse(features))

@@ -176,7 +176,7 @@ def mask_scores(out: Dense) -> MaskScores:
     return MaskScores(out.extras["masks"], offset=out.extras["bias"])
 
 
-READOUT = Readout(scores, keeps=("masks", "bias"), masks=mask_scores)
+READOUT = Readout(scores, keeps=("masks", "bias"), confidence="score", masks=mask_scores)
 
 
 def normalisers(masks: Tensor, *, num_classes: int, ignore_index: int) -> dict[str, Tensor]:

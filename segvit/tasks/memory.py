@@ -17,7 +17,7 @@ import yaml
 from segvit.backbones.vit import PlainViT
 from segvit.contracts import Batch, InputSpec, UserError
 from segvit.data.dataset import Dataset
-from segvit.data.loading import train_batches
+from segvit.data.loading import Draw, train_batches
 from segvit.engine import memory
 from segvit.engine.memory import LARGEST, SHARE, Footprint, Precision, amount, is_out_of_memory
 from segvit.tasks.experiment import Experiment
@@ -97,7 +97,7 @@ def measure(
 def fullest_crop(experiment: Experiment, dataset: Dataset, spec: InputSpec) -> Batch:
     """Of the first crops of the run, the one with the most classes, at the largest of its passes."""
     factor = max(experiment.augment.passes, default=1.0)
-    draws = [(draw, factor) for draw in range(min(LOOKED_AT, dataset.count("train")))]
+    draws: list[Draw] = [(draw, factor) for draw in range(min(LOOKED_AT, dataset.count("train")))]
     loader = train_batches(
         dataset, spec=spec, augment=replace(experiment.augment, rare_crops=0.0), seed=experiment.seed, draws=[draws],
         workers=0,

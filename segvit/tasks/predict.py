@@ -87,7 +87,7 @@ def segment_files(source: str, folder: Path, plan: Plan, load: Callable[[], Call
     images = find_images(source, READABLE)
     names = all_names(images, folder, plan)
     check_names(list(images), [path for paths in names.values() for path in paths.values()])
-    check_record(folder, plan)
+    record = checked_record(folder, plan)
     rest = {image: paths for image, paths in names.items() if not (plan.resume and is_done(image, paths))}
     written, failed = [], []
     if rest:
@@ -97,6 +97,7 @@ def segment_files(source: str, folder: Path, plan: Plan, load: Callable[[], Call
         special = {image: one for image in rest if (one := other_kind(image, plan)) is not None}
         if special and not isinstance(segment, Predictor):
             raise UserError(f"{min(special)}: this model segments images only; give it single pictures")
+        write_json(folder / RECORD, record)
         for image, error in itertools.chain(
             stream_images({image: paths for image, paths in rest.items() if image not in special}, segment, plan),
             ((image, failure(one, segment, image, rest[image], plan)) for image, one in special.items()),
@@ -131,10 +132,12 @@ def all_names(images: dict[Path, Path], folder: Path, plan: Plan) -> dict[Path, 
     return found
 
 
-def check_record(folder: Path, plan: Plan) -> None:
-    """Note what the files are made with. Raises UserError where `resume` meets those of another model or option."""
+def checked_record(folder: Path, plan: Plan) -> dict[str, Any]:
+    """What the files are made with. Raises UserError where `resume` meets those of another model or option."""
     record = folder / RECORD
-    wanted = json.loads(json.dumps({**plan.identity, "window": plan.window, "stride": plan.window and plan.step}))
+    wanted: dict[str, Any] = json.loads(
+        json.dumps({**plan.identity, "window": plan.window, "stride": plan.window and plan.step})
+    )
     if plan.resume and record.is_file():
         made = json.loads(record.read_text(encoding="utf-8"))
         other = sorted(key for key in {*made, *wanted} if made.get(key) != wanted.get(key))
@@ -142,7 +145,7 @@ def check_record(folder: Path, plan: Plan) -> None:
             raise UserError(f"{folder} was made with another {', '.join(other)}; choose another --out")
     elif plan.resume and folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} does not say how its files were made; leave out --resume or choose another --out")
-    write_json(record, wanted)
+    return wanted
 
 
 def is_done(image: Path, paths: dict[str, Path]) -> bool:

@@ -9,6 +9,7 @@ from segvit.contracts import UserError
 from segvit.export.build import Plan, export_model
 from segvit.export.exportable import why_not
 from segvit.export.graph import Graph, trace
+from segvit.export.runtimes import runnable
 from segvit.zoo import MODELS
 from tests.systems.test_contract import FAMILIES, KINDS, family, tiny
 
@@ -19,12 +20,12 @@ NAMES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_system_becomes_a_graph_or_says_why_not(name: str) -> None:
-    model, side = tiny(name), max(64, family(name).side) + 64
+    model, side = tiny(name), max(64, family(name).side)
     if why_not(name, model.config.options) is not None:
         with pytest.raises(UserError, match="is not exported"):
             export_model(model, "never.pt2", Plan(format="pt2"))
         return
-    graph, module = Graph(model, inside=False), trace(model, inside=False).module()
+    graph, module = Graph(model, inside=False), runnable(trace(model, inside=False))
     with torch.no_grad():
         for shape in ((1, 3, side, side), (3, 3, side + 5, side + 17)):
             images = torch.randn(shape)

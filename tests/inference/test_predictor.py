@@ -223,3 +223,34 @@ def test_a_torch_model_runs_in_half_precision():
     np.testing.assert_array_equal(labels, exact.segment(image)[0])  # dropout is off
     np.testing.assert_allclose(half.segment(image, scores=True)[1], scores, atol=0.1)
     assert next(half.bands(image))[1].dtype == torch.float32
+
+
+@pytest.mark.parametrize("spec", ["enlarged", "windows"])
+def test_the_best_classes_of_each_pixel(spec):
+    run, image = FakeRuntime(**SPECS[spec]), picture(37, 53)
+    scores = by_hand(run, image, Views()) if spec == "enlarged" else None
+    labels, values = Predictor(run).top(image, 2)
+    assert labels.shape == values.shape == (2, 37, 53)
+    np.testing.assert_array_equal(labels[0], Predictor(run).segment(image)[0])
+    assert (values[0] >= values[1]).all()
+    assert (labels[0] != labels[1]).all()
+    if scores is not None:
+        np.testing.assert_allclose(values, scores.topk(2, 0).values.numpy(), atol=1e-5)
+    with pytest.raises(UserError, match="the model has"):
+        Predictor(run).top(image, 99)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "share", "score"])
+def test_confidence_is_what_the_readout_says(kind):
+    run, image = FakeRuntime(), picture(9, 11)
+    run.readout = run.readout._replace(confidence=kind)
+    scores = torch.cat([band for _, band in Predictor(run).bands(image)], dim=1)
+    best = scores.max(0).values
+    expected = {
+        "softmax": scores.softmax(0).max(0).values,
+        "share": best / scores.sum(0).clamp(min=1e-12),
+        "score": best,
+    }
+    labels, sure = Predictor(run).read(image)
+    np.testing.assert_array_equal(labels, Predictor(run).segment(image)[0])
+    np.testing.assert_allclose(sure, expected[kind].clamp(0, 1).numpy(), atol=1e-6)
