@@ -3,11 +3,11 @@
     python benchmarks/aims.py                                   # all rows; about half an hour on two cores
     python benchmarks/aims.py --weights tiny.pt --huge 0        # training only once, without the large TIFF
 
-A SegViT-Tiny learns `synthetic:fine` (150 classes) first. Speed is that of SegViT ViT-B/16 at 512 x 512 with random
-weights, whose readout is fed with the outputs of the trained network, since random masks are noise. What is compared
-is timed in turns, the machine's matrix rate among it. The official way runs the same network eagerly, makes all masks
-at full size, takes their sigmoids, mixes, resizes, and takes softmax and arg max. Agreement, mIoU and gaps are those of
-the trained network on scenes that it has not seen.
+A SegViT-Tiny of four blocks learns `synthetic:shapes` with a head of 150 classes first. Speed is that of SegViT
+ViT-B/16 at 512 x 512 with random weights, whose readout is fed with the outputs of the trained network, since random
+masks are noise. What is compared is timed in turns, the machine's matrix rate among it. The official way runs the same
+network eagerly, makes all masks at full size, takes their sigmoids, mixes, resizes, and takes softmax and arg max.
+Agreement, mIoU and gaps are those of the trained network on scenes that it has not seen.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from engines import FORMATS, cpu_has_bf16, exported
-from readout import new_model, official, train
+from engines import FORMATS
+from readout import CLASSES, new_model, official, train
 from torch import Tensor, nn
 
 from segvit.bench.bench import Ready
@@ -33,8 +33,12 @@ from segvit.bench.measure import in_turns, matrix_product, matrix_rate, medians,
 from segvit.bench.rivals import build_rival
 from segvit.contracts import Dense, InputSpec, Runtime
 from segvit.data.prepare import normalise, prepare
-from segvit.data.synthetic_fine import FINE, draw_fine
-from segvit.export.graph import trace
+from segvit.data.synthetic import draw_shapes
+from segvit.export.build import is_transformer, write
+from segvit.export.engines import cpu_has_bf16
+from segvit.export.graph import kept_extras, trace
+from segvit.export.record import SUFFIXES, describe
+from segvit.export.runtimes import open_exported
 from segvit.files import write_text
 from segvit.inference.predictor import Predictor, TorchRuntime
 from segvit.metrics.confusion import ConfusionMatrix
@@ -70,29 +74,36 @@ class Fed:
         return self.out
 
 
-def on_engines(model: nn.Module, folder: Path) -> dict[tuple[str, str], Runtime]:
-    """The model on every engine that exported files are for."""
-    program = trace(model, inside=False)
-    return {
-        (engine, precision): exported(model, program, engine, precision, folder)
-        for precision, engines in ENGINES.items() for engine in engines if engine in FORMATS
-    }  # fmt: skip
+def on_engines(model: nn.Module, side: int, folder: Path) -> dict[tuple[str, str], Runtime]:
+    """The model on every engine that exported files are for; int8 is calibrated on scenes of that size."""
+    program, found = trace(model, inside=False), {}
+    scenes = [normalise(draw_shapes(side, (1, 0, number))[0], model.spec) for number in range(16)]
+    for precision, engines in ENGINES.items():
+        for engine in engines:
+            suffix = next(suffix for suffix, kind in SUFFIXES.items() if kind == FORMATS[engine])
+            path = folder / f"{model.config.name}-{engine}-{precision}{suffix}"
+            record = describe(
+                model, format=FORMATS[engine], precision=precision, readout="outside", extras=kept_extras(model)
+            )
+            write(program, path, record, scenes, transformer=is_transformer(model))
+            found[engine, precision] = open_exported(path)
+    return found
 
 
 def timed_rows(trained: Dense, repeats: int, folder: Path) -> list[Aim]:
     """Speed of ViT-B by precision beside the official way, its share of the matrix rate, and EoMT."""
     torch.manual_seed(0)
     spec = InputSpec(exact=(SIDE, SIDE))
-    model = create_model("segvit_vit_base", classes=FINE.classes, spec=spec, image_size=SIDE).eval()
-    image = draw_fine(SIDE, (0, 1, 3))[0]
+    model = create_model("segvit_vit_base", classes=CLASSES, spec=spec, image_size=SIDE).eval()
+    image = draw_shapes(SIDE, (0, 1, 3))[0]
     pixels = prepare(image, spec)[None]
-    found = on_engines(model, folder)
+    found = on_engines(model, SIDE, folder)
     runs: dict[str, Callable[[], object]] = {
         f"{engine} {precision}": lambda run=run: Predictor(Fed(run, trained)).segment(image)
         for (engine, precision), run in found.items()
     }
     runs["torch fp32"] = lambda: Predictor(Fed(TorchRuntime(model), trained)).segment(image)
-    rival = build_rival("eomt", len(FINE.classes), (SIDE, SIDE))
+    rival = build_rival("eomt", len(CLASSES), (SIDE, SIDE))
     others: dict[str, Callable[[], object]] = {
         "official": lambda: (model(prepare(image, spec)[None]), official(trained, SIDE)),
         "eomt": lambda: rival.labels(pixels), "matrix": matrix_product(),
@@ -123,12 +134,15 @@ def timed_rows(trained: Dense, repeats: int, folder: Path) -> list[Aim]:
 
 def agreement_rows(model: nn.Module, folder: Path) -> list[Aim]:
     """Labels of the engines on the trained network beside torch's in fp32, and mIoU."""
-    scenes = [draw_fine(128, (0, number, 2)) for number in range(SCENES)]
-    runs = {"torch fp32": TorchRuntime(model), **{" ".join(key): run for key, run in on_engines(model, folder).items()}}
+    scenes = [draw_shapes(128, (0, number, 2)) for number in range(SCENES)]
+    runs = {
+        "torch fp32": TorchRuntime(model),
+        **{" ".join(key): run for key, run in on_engines(model, 128, folder).items()},
+    }
     labels = {name: [Predictor(run).segment(image)[0] for image, _ in scenes] for name, run in runs.items()}
     miou = {}
     for name, found in labels.items():
-        confusion = ConfusionMatrix(len(FINE.classes), ignore_index=255)
+        confusion = ConfusionMatrix(len(CLASSES), ignore_index=255)
         for one, (_, mask) in zip(found, scenes, strict=True):
             confusion.update(one, mask)
         miou[name] = confusion.metrics().miou
@@ -167,7 +181,7 @@ def largest_gap(model: nn.Module, scenes: list[Any], found: list[Any], expected:
 def readout_row(model: nn.Module, repeats: int) -> Aim:
     """The readout of the trained network's outputs at 2048 x 2048."""
     side = 2048
-    scene = draw_fine(side, (0, 1, 2))[0]
+    scene = draw_shapes(side, (0, 1, 2))[0]
     run = TorchRuntime(model)
     out = model.readout.trim(run(normalise(scene, model.spec)[None]))
     reader = Predictor(Ready(run, out))
@@ -188,13 +202,13 @@ LARGE = """
 import resource, sys, time
 from pathlib import Path
 import numpy as np, tifffile, torch
-from segvit.data.synthetic_fine import draw_fine
+from segvit.data.synthetic import draw_shapes
 from segvit.data.tiff_regions import open_regions
 from segvit.inference.large import Windowed, segment_large
 from segvit.inference.predictor import TorchRuntime
 from readout import new_model
 folder, side, weights = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-tile = draw_fine(512, (0, 1, 4))[0]
+tile = draw_shapes(512, (0, 1, 4))[0]
 count = -(-side // 512)
 tifffile.imwrite(folder / "a.tif", (tile for _ in range(count * count)), shape=(side, side, 3), dtype=np.uint8,
                  photometric="rgb", tile=(512, 512), compression="zlib")
@@ -238,7 +252,7 @@ def main() -> None:
         torch.save(model.state_dict(), options.weights)
     model.eval()
     with torch.inference_mode():
-        scene, mask = draw_fine(SIDE, (0, 1, 3))
+        scene, mask = draw_shapes(SIDE, (0, 1, 3))
         fed = model.readout.trim(model(normalise(scene, model.spec)[None]))
         right = float((Predictor(model).segment(scene)[0] == mask).mean())
     with tempfile.TemporaryDirectory() as place:

@@ -2,10 +2,10 @@
 
 18 classes, each a shape with a texture; colours and grounds say nothing. Base classes are 12 of them, novel ones 6:
 each shape and each texture was seen in training, their pairs were not. As in the papers, a small ResNet learns on other
-data first, here to classify other shapes and textures; PFENet starts from it, and BAM from a base learner that went on
+data first, here other shapes and textures; PFENet starts from it, and BAM from a base learner that went on
 from it with the base classes. Both learn by episodes of base classes, with the same episodes and steps for each way of
-tuning, and are tested on novel classes. The head's rates are those of the recipes; what the backbone's is to the head's
-is chosen on episodes of base classes in val. No download.
+tuning, and are tested on novel classes. What the backbone's rate is to the head's is chosen on episodes of base classes
+in val. AdamW instead of the papers' SGD, which needs more steps than are taken here. No download.
 
     OMP_NUM_THREADS=1 python examples/few_shot_study.py --table benchmarks/results/few_shot_study.md
 """
@@ -87,20 +87,19 @@ NOVEL = [i for i, (texture, shape) in enumerate(FAMILY.pairs)
          if list(FAMILY.shapes).index(shape) % 3 == list(FAMILY.textures).index(texture)]  # fmt: skip
 BASE = [i for i in range(len(FAMILY.pairs)) if i not in NOVEL]
 TUNES: tuple[Tune, ...] = ("frozen", "svf", "full")
-FACTORS = (0.1, 1.0)  # of the backbone's rate on the head's
+HEAD_RATE, FACTORS = 3e-3, (0.1, 1.0)  # of AdamW; of the backbone's rate on the head's
 
 
 class Plan(NamedTuple):
-    """A network, the head's rate of its recipe (the effective one), and what brings its backbone, as in its paper."""
+    """A network, and what brings its backbone, as in its paper."""
 
     options: dict[str, Any]
-    rate: float
     start: Literal["weights", "base"]
 
 
 NETWORKS = {
-    "pfenet_tiny": Plan({"dim": 32, "bins": [1.0, 0.5, 0.25, 0.125]}, 0.025, "weights"),
-    "bam_tiny": Plan({"dim": 32}, 0.05, "base"),
+    "pfenet_tiny": Plan({"dim": 64, "bins": [1.0, 0.5, 0.25, 0.125]}, "weights"),
+    "bam_tiny": Plan({"dim": 64}, "base"),
 }
 
 
@@ -127,7 +126,7 @@ def draw(
 
 
 def write_data(folder: Path, train: int, val: int) -> None:
-    """Training images with two base classes each, validation images with any two; the classes and the fold."""
+    """Training images of one or two base classes, validation images of any one or two; the classes and the fold."""
     names = ["background", *(f"{texture}_{shape}" for texture, shape in FAMILY.pairs)]
     write_text(folder / "classes.txt", "\n".join(names) + "\n")
     novel, base = (", ".join(str(i + 1) for i in classes) for classes in (NOVEL, BASE))
@@ -137,44 +136,49 @@ def write_data(folder: Path, train: int, val: int) -> None:
             (folder / kind / split).mkdir(parents=True, exist_ok=True)
         for i in range(count):
             rng = np.random.default_rng([number, i])
-            image, mask = draw(FAMILY, rng.choice(kinds, 2, replace=False), rng)
+            image, mask = draw(FAMILY, rng.choice(kinds, int(rng.integers(1, 3)), replace=False), rng)
             Image.fromarray(image).save(folder / "images" / split / f"{i:05d}.png")
             Image.fromarray(mask).save(folder / "masks" / split / f"{i:05d}.png")
 
 
 def pretrain(path: Path, steps: int) -> float:
-    """A backbone that classifies single objects of the other family, from nothing; its accuracy on new ones."""
+    """A backbone that learns the other family from nothing, cell by cell of its grid; accuracy on cells of objects."""
 
     def batch(count: int, seed: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         rng = np.random.default_rng(seed)
-        kinds = rng.integers(len(OTHERS.pairs), size=count)
-        images = [normalise(draw(OTHERS, kinds[i : i + 1], rng, size=32)[0], SPEC) for i in range(count)]
-        return torch.stack(images), torch.from_numpy(kinds)
+        drawn = [draw(OTHERS, rng.choice(len(OTHERS.pairs), int(rng.integers(1, 3)), replace=False), rng, size=SIZE + 1)
+                 for _ in range(count)]  # fmt: skip
+        cells = np.stack([mask[::8, ::8] for _, mask in drawn])
+        return torch.stack([normalise(image, SPEC) for image, _ in drawn]), torch.from_numpy(cells).long()
 
     torch.manual_seed(0)
     backbone = deep_stem_resnet("tiny")
-    head = torch.nn.Linear(backbone.dims[-1], len(OTHERS.pairs))
+    head = torch.nn.Conv2d(backbone.dims[-1], 1 + len(OTHERS.pairs), 1)
     parameters = [*backbone.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=3e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     for step in range(steps):
-        images, kinds = batch(24, [2, step])
-        torch.nn.functional.cross_entropy(head(backbone(images)[-1].mean((2, 3))), kinds).backward()
+        images, cells = batch(24, [2, step])
+        loss = torch.nn.functional.cross_entropy(head(backbone(images)[-1]), cells)
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
+        if (step + 1) % 50 == 0:
+            print(f"pretraining, step {step + 1}: loss {float(loss.detach()):.3f}", file=sys.stderr, flush=True)
     save_file(backbone.state_dict(), path)
     with torch.inference_mode():
-        images, kinds = batch(300, [3])
-        return float((head(backbone.eval()(images)[-1].mean((2, 3))).argmax(1) == kinds).float().mean())
+        images, cells = batch(200, [3])
+        found = head(backbone.eval()(images)[-1]).argmax(1)
+        return float((found == cells)[cells > 0].float().mean())
 
 
 def learn_classes(out: Path, steps: int) -> float:
     """BAM's base learner, from the pretrained backbone; its mIoU on background and base classes."""
     found = learn_base(BaseLearning(
-        data=str(out / "data"), out=str(out / "base"), folds=str(out / "data/folds.yaml"), backbone="tiny", hidden=24,
+        data=str(out / "data"), out=str(out / "base"), folds=str(out / "data/folds.yaml"), backbone="tiny", hidden=64,
         weights=str(out / "backbone.safetensors"), min_pixels=MIN_PIXELS, size=SIZE + 1, steps=steps, batch_size=8,
-        optim=Optim(name="adamw", lr=4e-3, weight_decay=1e-2, lr_mult={}, decay_mult={}, clip=5.0),
+        optim=Optim(name="adamw", lr=2e-3, weight_decay=1e-2, lr_mult={}, decay_mult={}, clip=5.0),
         schedule=Schedule(power=0.9, warmup=0), device="cpu", workers=0, checkpoint_every=steps,
     ))  # fmt: skip
     return float(found["miou"])
@@ -186,7 +190,7 @@ def learn(
     """One run; returns its figures on novel classes."""
     plan = NETWORKS[model]
     start = {"weights": str(out / "backbone.safetensors"), "base": str(out / "base")}
-    optim = Optim(name="sgd", lr=plan.rate, weight_decay=1e-4, lr_mult={"matcher.backbone": factor}, decay_mult={},
+    optim = Optim(name="adamw", lr=HEAD_RATE, weight_decay=1e-4, lr_mult={"matcher.backbone": factor}, decay_mult={},
                   clip=5.0)  # fmt: skip
     return train_few_shot(FewShot(
         data=str(out / "data"), out=str(out / "run"), folds=str(out / "data/folds.yaml"), model=model,
@@ -228,9 +232,10 @@ def prepare(out: Path, arguments: argparse.Namespace) -> list[str]:
     return [
         f"{len(BASE)} base and {len(NOVEL)} novel classes ({novel}); {arguments.train} training images without novel "
         f"classes, {arguments.val} test images of {SIZE} x {SIZE} pixels.",
-        f"The backbone learned to tell {len(OTHERS.pairs)} classes of other shapes and textures from nothing, "
-        f"{arguments.pretrain_steps} steps, accuracy {100 * accuracy:.1f} % there. BAM's base learner goes on from it "
-        f"with the base classes, {arguments.base_steps} steps, mIoU {100 * base:.2f}, the background counted.",
+        f"The backbone learned {len(OTHERS.pairs)} classes of other shapes and textures from nothing, "
+        f"{arguments.pretrain_steps} steps; {100 * accuracy:.1f} % of the cells of objects get their class.",
+        f"BAM's base learner goes on from it with the base classes, {arguments.base_steps} steps, mIoU "
+        f"{100 * base:.2f} with the background.",
     ]
 
 
@@ -240,7 +245,7 @@ def study(out: Path, arguments: argparse.Namespace) -> list[str]:
     lines = prepare(out, arguments)
     print(*lines, sep="\n", file=sys.stderr, flush=True)
     notes, rows, everything = list[str](), list[str](), dict[str, Any]()
-    for model, plan in NETWORKS.items():
+    for model in NETWORKS:
         for tune in TUNES:
             factor, tried = choose(out, model, tune, steps=arguments.steps // 2, episodes=arguments.episodes)
             found = [learn(out, model, tune, factor, seed=seed, steps=arguments.steps, episodes=arguments.episodes)
@@ -249,7 +254,7 @@ def study(out: Path, arguments: argparse.Namespace) -> list[str]:
             spread = f" +- {miou.std(ddof=1):.2f}" if len(miou) > 1 else ""
             each = ", ".join(f"{value:.2f}" for value in miou)
             rows.append(f"| {model} | {tune} | {miou.mean():.2f}{spread} | {fb_iou.mean():.2f} | {each} |")
-            notes.append(f"- {model} (head {plan.rate:g}), {tune}: {tried}")
+            notes.append(f"- {model}, {tune}: {tried}")
             everything[f"{model} {tune}"] = {"factor": factor, "runs": found}
             print(rows[-1], notes[-1], f"{time.process_time() - started:.0f} s", sep="\n", file=sys.stderr, flush=True)
     write_json(out / "figures.json", everything)
@@ -257,8 +262,8 @@ def study(out: Path, arguments: argparse.Namespace) -> list[str]:
         *lines, f"Each run: {arguments.steps} steps of 4 episodes, 1 support. The test: {arguments.episodes} episodes "
         "of novel classes, the same for all.", "",
         "| network | backbone | mIoU | FB-IoU | mIoU by seed |", "|---|---|---:|---:|---|", *rows, "",
-        "The backbone's rate as a factor on the head's, and the mIoU on episodes of base classes in val after half the "
-        "steps; the best one was taken:", "", *notes, "",
+        f"AdamW, the head's rate {HEAD_RATE:g}. The backbone's rate as a factor on it, and the mIoU on episodes of "
+        "base classes in val after half the steps; the best one was taken:", "", *notes, "",
         f"{(time.process_time() - started) / 60:.1f} minutes of CPU time in all.",
     ]  # fmt: skip
 
@@ -271,11 +276,11 @@ def main() -> None:
         ("val", 300),
         ("pretrain_steps", 300),
         ("base_steps", 150),
-        ("steps", 120),
+        ("steps", 400),
         ("episodes", 200),
     ):
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--seeds", type=int, default=3, help="Runs of each row.")
+    parser.add_argument("--seeds", type=int, default=2, help="Runs of each row.")
     parser.add_argument("--table", type=Path, help="Where to write the report, a Markdown file.")
     arguments = parser.parse_args()
     lines = study(arguments.out, arguments)

@@ -39,7 +39,7 @@ from segvit.tasks.volumes import Convention, VolumeCollector, make_protocol
 SIZE = 64
 POLYPS = f"synthetic:polyps?train=400&val=60&size={SIZE}"
 POLYPS_TEST = f"synthetic:polyps?seed=1&val=150&size={SIZE}"
-RATES = (1e-3, 2.5e-3, 6e-3)
+RATES = (4e-4, 1e-3, 2.5e-3, 6e-3)
 POLYP_COLUMNS = ("mdice", "miou", "weighted_f", "s", "mean_e", "max_e", "mae")
 
 
@@ -192,7 +192,7 @@ def main() -> None:
     parser.add_argument("--part", choices=("polyps", "organs", "all"), default="all")
     parser.add_argument("--steps", type=int, default=250, help="Steps of each run on the polyps.")
     parser.add_argument("--organ_steps", type=int, default=120, help="Steps of each run on the volumes.")
-    parser.add_argument("--polyp_seeds", type=int, default=2)
+    parser.add_argument("--polyp_seeds", type=int, default=1)
     parser.add_argument("--organ_seeds", type=int, default=2)
     parser.add_argument("--table", type=Path, help="Where to write the report, a Markdown file.")
     arguments = parser.parse_args()

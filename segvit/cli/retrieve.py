@@ -16,8 +16,8 @@ def train(
     data: str, *, out: str, model: str = "frpt_resnet50", options: dict[str, Any] | None = None,
     weights: str | None = None, init: str | None = None, steps: int = 2000, batch_size: int = 32, size: int = 224,
     crop: tuple[float, float] = (0.875, 0.875), jitter: float = 0.0, erase: float = 0.0,
-    optimizer: Literal["adamw", "sgd"] = "adamw", lr: float = 1e-3, weight_decay: float = 1e-4, warmup: int = 100,
-    label_smoothing: float = 0.0, seed: int = 0, device: Device | None = None, workers: int = 2,
+    optimizer: Literal["adamw", "sgd"] = "adamw", lr: float = 1e-3, prompt_lr: float = 1.0, weight_decay: float = 1e-4,
+    warmup: int = 100, label_smoothing: float = 0.0, seed: int = 0, device: Device | None = None, workers: int = 2,
     checkpoint_every: int = 1000, resume: bool = False, overwrite: bool = False, json: bool = False,
 ) -> None:  # fmt: skip
     """Train FRPT over a frozen backbone, to find images of classes that it has not seen.
@@ -38,6 +38,7 @@ def train(
         erase: Probability that an image loses a rectangle.
         optimizer: AdamW, or SGD with momentum 0.9 as in the paper.
         lr: Learning rate after the warm-up; falls to 0.
+        prompt_lr: The prompt's own, in shares of lr.
         weight_decay: Of the optimiser.
         warmup: Steps of linear warm-up; at most a tenth of all.
         label_smoothing: Share of the target that goes to the other classes.
@@ -57,7 +58,7 @@ def train(
         seed=seed, device=device, workers=workers, checkpoint_every=checkpoint_every, resume=resume,
         overwrite=overwrite,
     )  # fmt: skip
-    optim = replace(run.optim, name=optimizer, lr=lr, weight_decay=weight_decay)
+    optim = replace(run.optim, name=optimizer, lr=lr, weight_decay=weight_decay, lr_mult={"prompt": prompt_lr})
     schedule = replace(run.schedule, warmup=min(warmup, steps // 10))
     found = train_retriever(replace(run, optim=optim, schedule=schedule))
     show(found, json, _table(found) if found else str(Path(out) / "model"))

@@ -172,14 +172,15 @@ def search_files(
 
 
 def own_places(paths: list[Path], gallery: Gallery) -> list[int | None]:
-    """The place in the gallery of each file, None for one that it does not hold; links count as what they lead to."""
+    """The place in the gallery of each file, None for one that it does not hold; a link counts as what it leads to."""
     places: dict[str, list[int]] = {}
     for place, name in enumerate(gallery.names):
         places.setdefault(name.rpartition("/")[2], []).append(place)
-    return [
-        next((i for i in places.get(path.name, []) if same_file(gallery.root / gallery.names[i], path)), None)
-        for path in paths
-    ]
+    own: list[int | None] = []
+    for path in paths:
+        near = [place for name in (path.name, path.resolve().name) for place in places.get(name, [])]
+        own.append(next((place for place in near if same_file(gallery.root / gallery.names[place], path)), None))
+    return own
 
 
 def same_file(one: Path, other: Path) -> bool:

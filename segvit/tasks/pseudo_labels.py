@@ -85,7 +85,8 @@ def write_pseudo_labels(
                 labels = sample.mask
                 if split == "train":
                     labels = _completed(segment, sample.image, labels, seen=seen, least=least)
-                    pixels["named"] += int((labels != sample.mask).sum())
+                    known = np.isin(sample.mask, seen.nonzero().flatten().numpy())
+                    pixels["named"] += int((~known & (labels != dataset.classes.ignore_index)).sum())
                     pixels["all"] += labels.size
                     progress(i + 1, dataset.count(split))
                 _put_image(dataset, split, i, sample.image, folder / "images" / split / name)

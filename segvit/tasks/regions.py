@@ -28,6 +28,7 @@ from torch import Tensor
 
 from segvit.adapters.cavpt import TextPrompts
 from segvit.contracts import UserError
+from segvit.data.arrays import load_array
 from segvit.data.dataset import open_dataset
 from segvit.data.decode import read_image
 from segvit.files import open_atomic, write_bytes
@@ -157,10 +158,13 @@ def read_masks(place: Path, size: tuple[int, ...], *, components: bool) -> Tenso
     """The masks (Q, H, W) beside `place`, whose suffix does not count: a stack .npy or a map of numbers .png."""
     stack, numbers = place.with_suffix(".npy"), place.with_suffix(".png")
     if stack.is_file():
-        masks = np.load(stack)
+        masks = load_array(stack, "masks")
     elif numbers.is_file():
-        with Image.open(numbers) as picture:
-            ids = np.asarray(picture)
+        try:
+            with Image.open(numbers) as picture:
+                ids = np.asarray(picture)
+        except (OSError, ValueError, SyntaxError) as error:
+            raise UserError(f"{numbers}: cannot be read as an image ({error}); save it again") from error
         masks = np.stack([ids == value for value in np.unique(ids) if value not in (255, 65535)] or [ids < 0])
     else:
         raise UserError(f"no masks {numbers} or {stack.name}; each image needs one of them by its name")

@@ -177,11 +177,12 @@ def test_the_command_line(trained: tuple[Path, Any], birds: Path, tmp_path: Path
     cli.main(
         ["retrieve", "train", str(birds), "--out", str(tmp_path / "run"), "--model", "frpt", "--options",
          json.dumps(TINY), "--weights", "none", "--steps", "1", "--batch_size", "2", "--size", "64", "--optimizer",
-         "sgd", "--crop", "[0.5,1.0]", "--workers", "0", "--device", "cpu"]
+         "sgd", "--prompt_lr", "0.01", "--crop", "[0.5,1.0]", "--workers", "0", "--device", "cpu"]
     )  # fmt: skip
     assert capsys.readouterr().out.startswith("Recall@1")
     stored = (tmp_path / "run" / "config.yaml").read_text()
     assert "name: sgd" in stored
+    assert "prompt: 0.01" in stored
     assert load_model(tmp_path / "run").config.name == "frpt"
 
 
