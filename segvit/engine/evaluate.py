@@ -122,15 +122,16 @@ def check_classes(known: Classes, wanted: Classes) -> None:
     """Raise UserError unless a model's classes are those of the data."""
     if len(known) != len(wanted):
         raise UserError(
-            f"the model has {len(known)} classes and the data {len(wanted)}; evaluate on data with "
-            "the model's class table, or train with --init to change the classes"
+            f"the model has {len(known)} classes and the data {len(wanted)}; evaluate on data with the model's class "
+            "table, train with --init to change the classes, or give a model that knows words --classes data"
         )
     names = known.names
     if names != wanted.names and not names[0].startswith("class_"):  # converted checkpoints may have no names
         first = next(i for i in range(len(names)) if names[i] != wanted.names[i])
         raise UserError(
             f"class {first} is {names[first]!r} in the model and {wanted.names[first]!r} in the data; evaluate on "
-            "data with the model's class table, or train with --init to change the classes"
+            "data with the model's class table, train with --init to change the classes, or give a model that knows "
+            "words --classes data"
         )
 
 

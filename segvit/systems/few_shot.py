@@ -9,7 +9,8 @@ Differs   from the official code: any image size (theirs needs square ones, with
           BAM's meta learner alone is what the SVF tables call baseline (inferred, the paper does not say); without
           `shot` it takes the mean over any number of supports. BAM's base learner is trained before, by
           `tasks.few_shot_base`, or comes from an official file.
-Checked   tests/golden/few_shot_segmentation__*, svf__few_shot_baseline (dvlab-research/PFENet, chunbolang/BAM).
+Checked   tests/golden/few_shot_segmentation__*, tests/golden_partial/svf__few_shot_baseline without the logits before
+          tuning, whose singular values the case does not store (dvlab-research/PFENet, chunbolang/BAM).
 
 Shapes    B episodes, K supports, H W pixels, h w grid of stride 8, C features, d width of the head, N base classes.
 """
