@@ -55,7 +55,7 @@ def _eomt(classes: int, size: Size) -> Rival:
         num_queries=100, num_labels=classes,
     )  # fmt: skip
     network = EomtForUniversalSegmentation(config)
-    processor = EomtImageProcessor(size={"height": size[0], "width": size[1]})
+    processor = EomtImageProcessor(size={"shortest_edge": size[0], "longest_edge": size[1]})
 
     def labels(images: Tensor) -> Tensor:
         out = network(pixel_values=images)

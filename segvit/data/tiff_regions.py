@@ -50,7 +50,7 @@ def open_regions(path: Path, *, channels: int = 3, levels: Levels | None = None)
     try:
         yield Regions(tiles.size, read)
     finally:
-        tiles.file.close()
+        tiles.close()
 
 
 class TiffTiles:
@@ -64,20 +64,27 @@ class TiffTiles:
         self.path, self.lock = path, threading.Lock()
         self.held: OrderedDict[int, NDArray[Any]] = OrderedDict()
         self.bytes_held = 0
+        handle = path.open("rb")  # ours, since the library leaves it open when it fails
         try:
-            self.file = tifffile.TiffFile(path)
+            self.file = tifffile.TiffFile(handle, name=str(path))
             self.page = cast(Any, self.file.pages[0])  # a full page: the first one always is
-        except (tifffile.TiffFileError, OSError, IndexError) as error:
-            raise UserError(f"{path}: cannot be read as a TIFF ({str(error).partition(chr(10))[0]})") from None
-        try:
             self.check()
+        except (tifffile.TiffFileError, OSError, IndexError) as error:
+            handle.close()
+            raise UserError(f"{path}: cannot be read as a TIFF ({str(error).partition(chr(10))[0]})") from None
         except UserError:
-            self.file.close()
+            handle.close()
             raise
+        self.handle = handle
         page = self.page
         self.size: Size = (page.imagelength, page.imagewidth)
         self.tile: Size = (page.tilelength, page.tilewidth) if page.is_tiled else (page.rowsperstrip, page.imagewidth)
         self.across = -(-self.size[1] // self.tile[1])
+
+    def close(self) -> None:
+        """Let the file go."""
+        self.file.close()
+        self.handle.close()
 
     def check(self) -> None:
         """Raise UserError for kinds of TIFF that cannot be read in parts, or that would need turning."""

@@ -72,7 +72,7 @@ def test_few_tiles_stay_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     tifffile.imwrite(tmp_path / "a.tif", drawn((320, 320, 3)), photometric="rgb", tile=(32, 32), compression="zlib")
     tiles = TiffTiles(tmp_path / "a.tif")
     tiles.read(0, 320, 0, 320)
-    tiles.file.close()
+    tiles.close()
     assert len(tiles.held) == 4
     assert tiles.bytes_held == 4 * 32 * 32 * 3
 

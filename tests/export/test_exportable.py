@@ -14,7 +14,7 @@ from segvit.zoo import MODELS
 from tests.systems.test_contract import FAMILIES, KINDS, family, tiny
 
 QUICK = ("segmenter_linear_vit_base",)
-OTHERS = ["fcn", "unet_plus_plus", "fpn", "deeplabv3_plus", "upernet"]
+OTHERS = ["semantic_fpn", "fcn", "unet_plus_plus", "fpn", "deeplabv3_plus", "upernet"]
 NAMES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in [*KINDS, *OTHERS]]
 
 

@@ -83,7 +83,7 @@ FAMILIES = {  # the longest that fits counts
     "denseclip_resnet": Family(
         DENSECLIP | {"vision": CLIP_RESNET, "image_size": 64}, cell=32, stride=4, side=64, silent=NO_SLOPE
     ),
-    "denseclip_vit": Family(DENSECLIP | {"vision": CLIP_VIT, "image_size": 32}, stride=2, silent=NO_SLOPE),
+    "denseclip_vit": Family(DENSECLIP | {"vision": CLIP_VIT, "image_size": 32}, stride=4, silent=NO_SLOPE),
     # The last convolution of the global gates starts at 0, so nothing before it is told anything at first.
     "duat": Family(PYRAMID | {"dim": 16}, cell=32, stride=1, side=64, silent=r"global_attention\.(mask\.|mlp\.[01]\.)"),
     "zegclip": Family(ZEGCLIP),
