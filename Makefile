@@ -47,7 +47,7 @@ golden: install ## compare with the stored outputs of the original implementatio
 	@$(BIN)/python -m tests.golden $(dir $(wildcard tests/golden/*/case.json))
 
 bench: install ## speed and memory on this machine
-	@for name in aims inference readout engines metrics doctor train_step adapters; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	@for name in aims inference readout metrics doctor train_step adapters; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 clean: ## remove caches and build results; .venv and runs stay
 	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

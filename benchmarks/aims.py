@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from engines import FORMATS
 from readout import CLASSES, new_model, official, train
 from torch import Tensor, nn
 
@@ -35,7 +34,7 @@ from segvit.contracts import Dense, InputSpec, Runtime
 from segvit.data.prepare import normalise, prepare
 from segvit.data.synthetic import draw_shapes
 from segvit.export.build import is_transformer, write
-from segvit.export.engines import cpu_has_bf16
+from segvit.export.engines import FORMATS, cpu_has_bf16
 from segvit.export.graph import kept_extras, trace
 from segvit.export.record import SUFFIXES, describe
 from segvit.export.runtimes import open_exported

@@ -15,47 +15,17 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import statistics
-import time
-from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
 
+from segvit.bench.bench import Ready
+from segvit.bench.measure import in_turns, matrix_product, matrix_rate, medians, peak_memory
 from segvit.contracts import Dense, InputSpec, Readout, Size
 from segvit.inference.predictor import Predictor
 from segvit.nn.flops import count_gflops
 from segvit.systems.ddrnet import fold_batch_norm
 from segvit.zoo import create_model
-
-
-def timed(parts: dict[str, Callable[[], object]], runs: int) -> dict[str, float]:
-    """Median seconds of each part over `runs` rounds, after one that is not counted.
-
-    A round runs every part once, so that a machine whose speed drifts drifts for all of them.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in parts}
-    for number in range(runs + 1):
-        for name, function in parts.items():
-            start = time.perf_counter()
-            function()
-            if number:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def peak_memory(function: Callable[[], object]) -> float:
-    """MB by which the process's resident memory grows at most while the function runs (Linux)."""
-    Path("/proc/self/clear_refs").write_text("5")  # forget the old peak
-    before = resident("VmRSS")
-    function()
-    return (resident("VmHWM") - before) / 1024
-
-
-def resident(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(key)).split()[1])
 
 
 def plain_readout(readout: Readout, out: Dense, side: int) -> torch.Tensor:
@@ -72,20 +42,10 @@ def measure(name: str, side: int, classes: int, runs: int) -> dict[str, float | 
     pixels = torch.randn(1, 3, side, side)
     out = predictor.run.readout.trim(model(pixels))
     labels = {}
-
-    class Ready:
-        """A runtime whose network has already run, so that only the readout is timed."""
-
-        spec, classes, readout = model.spec, model.classes, model.readout
-
-        def __call__(self, images: torch.Tensor) -> Dense:
-            return out
-
-    reader = Predictor(Ready())
-    left, right = torch.randn(2048, 2048), torch.randn(2048, 2048)
-    seconds = timed(
+    reader = Predictor(Ready(predictor.run, out))
+    spent = in_turns(
         {
-            "matrix": lambda: left @ right,
+            "matrix": matrix_product(),
             "backbone": lambda: model.backbone(pixels),
             "network": lambda: model(pixels),
             "whole": lambda: predictor.segment(image),
@@ -94,11 +54,12 @@ def measure(name: str, side: int, classes: int, runs: int) -> dict[str, float | 
         },
         runs,
     )
+    seconds = medians(spent)
     report: dict[str, float | str | int] = {
         "model": name, "side": side, "classes": classes, "threads": torch.get_num_threads(),
         "parameters_m": sum(p.numel() for p in model.parameters()) / 1e6,
         "gflops": count_gflops(model, (side, side)),
-        "matrix_gflop_per_s": 2 * 2048**3 / seconds["matrix"] / 1e9,  # a multiply-add is two, here
+        "matrix_gflop_per_s": 2 * matrix_rate(seconds["matrix"]),  # a multiply-add is two, here
         **{f"{part}_s": value for part, value in seconds.items() if part != "matrix"},
         "peak_mb": peak_memory(lambda: predictor.segment(image)),
         "plain_readout_peak_mb": peak_memory(lambda: plain_readout(model.readout, out, side)),
@@ -125,7 +86,7 @@ def measure_folding(name: str, size: Size, classes: int, runs: int) -> dict[str,
                 shift.normal_(std=0.3)
     folded = fold_batch_norm(copy.deepcopy(plain))
     pixels = torch.randn(1, 3, *size)
-    seconds = timed({"plain": lambda: plain(pixels), "folded": lambda: folded(pixels)}, runs)
+    seconds = medians(in_turns({"plain": lambda: plain(pixels), "folded": lambda: folded(pixels)}, runs))
     labels = [plain.readout(network(pixels), size, range(size[0]))[0].argmax(0) for network in (plain, folded)]
     return {
         "model": name, "height": size[0], "width": size[1], "classes": classes, "threads": torch.get_num_threads(),

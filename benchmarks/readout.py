@@ -15,7 +15,6 @@ search costs.
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,13 +22,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from inference import peak_memory
 from torch import Tensor, nn
 
+from segvit.bench.bench import Ready
+from segvit.bench.measure import in_turns, medians, peak_memory
 from segvit.contracts import Classes, Dense, InputSpec
 from segvit.data.prepare import normalise
 from segvit.data.synthetic import DAY, draw_shapes
-from segvit.inference.predictor import Predictor
+from segvit.inference.predictor import Predictor, TorchRuntime
 from segvit.palette import generate_palette
 from segvit.zoo import create_model, find_system
 
@@ -102,34 +102,20 @@ def official(out: Dense, side: int) -> Tensor:
 
 def measure(kind: str, model: nn.Module, out: Dense, side: int, runs: int) -> str:
     """One row of the table."""
-
-    class Ready:
-        """A runtime whose network has already run."""
-
-        spec, classes, readout = model.spec, model.classes, model.readout
-
-        def __call__(self, images: Tensor) -> Dense:
-            return out
-
     out = model.readout.trim(out)
     image = np.zeros((side, side, 3), np.uint8)
+    ready, labels = Ready(TorchRuntime(model), out), {}
+    bands, pruned = Predictor(ready, prune=False), Predictor(ready)
     ways: dict[str, Callable[[], object]] = {
-        "official": lambda: official(out, side).numpy(),
-        "bands": lambda: Predictor(Ready(), prune=False).segment(image)[0],
-        "pruned": lambda: Predictor(Ready()).segment(image)[0],
+        "official": lambda: labels.update(official=official(out, side).numpy()),
+        "bands": lambda: labels.update(bands=bands.segment(image)[0]),
+        "pruned": lambda: labels.update(pruned=pruned.segment(image)[0]),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    labels = {}
-    for _ in range(runs):
-        for name, way in ways.items():
-            start = time.perf_counter()
-            labels[name] = way()
-            seconds[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    median = medians(in_turns(ways, runs))
     memory = {name: peak_memory(way) for name, way in ways.items()}
     return (
-        f"| {kind} {side} | {' | '.join(f'{medians[n]:.3f} s, {memory[n]:.0f} MB' for n in ways)} "
-        f"| {medians['official'] / medians['pruned']:.1f} | {medians['bands'] / medians['pruned']:.1f} "
+        f"| {kind} {side} | {' | '.join(f'{median[n]:.3f} s, {memory[n]:.0f} MB' for n in ways)} "
+        f"| {median['official'] / median['pruned']:.1f} | {median['bands'] / median['pruned']:.1f} "
         f"| {(labels['pruned'] != labels['bands']).sum()} | {(labels['pruned'] != labels['official']).sum()} "
         f"| {len(np.unique(labels['bands']))} |"
     )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import statistics
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -56,6 +58,7 @@ def peak_memory(function: Callable[[], object]) -> float:
         before = torch.cuda.memory_allocated()
         function()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
+    give_back()
     before, peak, done = resident(), resident(), threading.Event()
 
     def watch() -> None:
@@ -71,6 +74,12 @@ def peak_memory(function: Callable[[], object]) -> float:
         done.set()
         watcher.join()
     return (max(peak, resident()) - before) / 2**20
+
+
+def give_back() -> None:
+    """Hand freed memory back to the system, where the C library can: kept, it would hide what is taken next."""
+    with suppress(AttributeError, OSError, TypeError):  # no GNU C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def resident() -> int:

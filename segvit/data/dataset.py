@@ -26,7 +26,6 @@ from segvit.data.decode import LabelRule, read
 from segvit.data.description import SPLITS, Description, Entry, label_rule, read_class_file, read_description
 from segvit.data.sources import named_source, read_source, recognise
 from segvit.data.synthetic import DAY, ShapesDataset
-from segvit.data.synthetic_fine import FINE
 from segvit.data.synthetic_medical import POLYPS
 from segvit.data.synthetic_night import NIGHT
 from segvit.data.synthetic_words import WORDS
@@ -38,7 +37,7 @@ JPEG_SUFFIXES = (".jpg", ".jpeg")  # of masks only where values are read as the 
 DESCRIPTIONS = ("dataset.yaml", "data.yaml")
 CLASS_FILE = "classes.txt"
 STEM = "{stem}"
-GENERATED = {f"synthetic:{scenes.name}": scenes for scenes in (DAY, NIGHT, POLYPS, WORDS, FINE)}
+GENERATED = {f"synthetic:{scenes.name}": scenes for scenes in (DAY, NIGHT, POLYPS, WORDS)}
 FLAT = (Entry("images", "masks"),)
 FLAT_VAL_PART = 0.2  # of a folder that has no split of its own
 
@@ -137,8 +136,8 @@ class Found(NamedTuple):
 def open_dataset(source: str | Path) -> Dataset:
     """The dataset of a YAML file, a folder or a well-known source (`ade20k:FOLDER`), or a generated one.
 
-    Generated are `synthetic:shapes`, `synthetic:night`, `synthetic:polyps`, `synthetic:words` and `synthetic:fine`,
-    with options as in `synthetic:shapes?train=400&size=96`.
+    Generated are `synthetic:shapes`, `synthetic:night`, `synthetic:polyps` and `synthetic:words`, with
+    options as in `synthetic:shapes?train=400&size=96`.
     """
     if is_generated(source):
         return _generated(str(source))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,17 +70,12 @@ def read_frames(path: Path, *, first: int = 0) -> Iterator[NDArray[np.uint8]]:
         raise UserError(f"{path}: frame {number} cannot be decoded ({error}); cut the film before it") from None
 
 
-class FilmWriter(Protocol):
-    """Takes the pictures of a film (H, W, 3), all of one size."""
-
-    def __call__(self, picture: NDArray[np.uint8]) -> None: ...
-
-
 @contextmanager
-def write_film(path: Path, rate: Fraction) -> Iterator[FilmWriter]:
+def write_film(path: Path, rate: Fraction) -> Iterator[Callable[[NDArray[np.uint8]], None]]:
     """A film that takes its name when the block ends well, and vanishes when it does not.
 
-    Odd sides lose their last row or column, which the codec asks for.
+    Yields what takes its pictures (H, W, 3), all of one size. Odd sides lose their last row or column, which the codec
+    asks for.
     """
     av = _av(path)
     if path.suffix.lower() not in CODECS:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
+
+from segvit.contracts import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,3 +58,10 @@ class Schedule:
     min_lr: float = 0.0
     warmup: int = 1500
     warmup_ratio: float = 1e-6
+
+
+def check_counts(run: Any, *names: str) -> None:
+    """Raise UserError unless these settings of a run are 1 or more, and its `workers` 0 or more."""
+    for name, least in [*((name, 1) for name in names), ("workers", 0)]:
+        if (value := getattr(run, name)) < least:
+            raise UserError(f"{name} is {value}; it must be {least} or more")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import os
 import sys
@@ -18,6 +17,7 @@ import yaml
 from torch import Tensor
 
 from segvit import __version__
+from segvit.adapters.files import digest
 from segvit.contracts import Classes, Dense, InputSpec, Readout, Runtime, UserError
 from segvit.data.dataset import is_generated, open_dataset
 from segvit.export.build import Plan, export_model
@@ -184,16 +184,11 @@ def engine_folder(source: str) -> Path:
 
 def fingerprint(model: Model, engine: str) -> str:
     """What an exported file depends on: weights, classes, input, and the versions of what writes it."""
-    found = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        found.update(name.encode())
-        found.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if value.dim() else
-                     repr(value.item()).encode())  # fmt: skip
+    state = model.state_dict()
     packages = {"onnxruntime": ("onnxruntime", "onnx"), "openvino": ("openvino", "nncf")}[engine]
     versions = [__version__, torch.__version__, *(metadata.version(package) for package in packages)]
-    described = [model.config.to_json(__version__), model.spec.to_json(), versions]
-    found.update(json.dumps(described, sort_keys=True).encode())
-    return found.hexdigest()[:16]
+    described = [sorted(state), model.config.to_json(__version__), model.spec.to_json(), versions]
+    return digest([state[name] for name in sorted(state)], json.dumps(described, sort_keys=True))
 
 
 def cpu_has_bf16() -> bool:

@@ -76,14 +76,19 @@ def directions(embeddings: NDArray[Any], labels: NDArray[Any], *, what: str) -> 
         raise UserError(
             f"{what}: embeddings {embeddings.shape}, labels {labels.shape}; give (N, C) and (N,) of 1 image or more"
         )
-    lengths = np.linalg.norm(embeddings.astype(np.float64), axis=1, keepdims=True)
-    bad = np.flatnonzero(~np.isfinite(lengths[:, 0]) | (lengths[:, 0] == 0))
+    lengths, bad = measured(embeddings)
     if len(bad):
         raise UserError(
             f"{what}: embedding {bad[0]} has length {lengths[bad[0], 0]} ({len(bad)} like it); cosines need finite "
             "vectors that are not 0"
         )
     return (embeddings / lengths).astype(np.float32)
+
+
+def measured(embeddings: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
+    """Lengths (N, 1) of embeddings (N, C), and the places of those without a direction: 0 or not finite."""
+    lengths = np.linalg.norm(embeddings.astype(np.float64), axis=1, keepdims=True)
+    return lengths, np.flatnonzero(~np.isfinite(lengths[:, 0]) | (lengths[:, 0] == 0))
 
 
 def check_classes(labels: NDArray[Any], targets: NDArray[Any], *, copies: int) -> None:

@@ -21,12 +21,13 @@ class Levels(nn.Module):
     """Maps of one stride, such as a ViT's, at four times, twice, once and half their resolution.
 
     `places` says which of the maps each level is made from. Maps of stride 8 (`fine`) are made twice as coarse: twice,
-    once, half and a quarter.
+    once, half and a quarter, so that the levels have the strides 4 to 32 in both cases. That is our reading: the card
+    and the stored cases have stride 16 only.
     """
 
     def __init__(self, dim: int, places: Sequence[int], *, fine: bool = False) -> None:
         super().__init__()
-        self.places, self.same, self.fine = tuple(places), 1 if fine else 2, fine  # `same`: the level as it comes
+        self.places, self.same = tuple(places), 1 if fine else 2  # `same`: the level as it comes
         double = partial(nn.ConvTranspose2d, dim, dim, 2, stride=2)
         tails: list[list[nn.Module]] = [[double(), nn.BatchNorm2d(dim), nn.GELU(), double()], [double()], [], []]
         tails = [tails[1], [], [], []] if fine else tails

@@ -136,6 +136,7 @@ def classic(
 
     # MiT reads values of a tensor while it is built, which one on the meta device does not have.
     place = torch.device("cpu") if backbone.startswith("mit_") else nullcontext()
+    # The library checks little: what does not fit comes to light somewhere inside, as any of these.
     try:
         with place:
             network = build(None)
@@ -341,7 +342,7 @@ def drop_unread_stages(encoder: Any) -> None:
     deepest = 2**encoder._depth
     try:
         stages = encoder.get_stages()
-    except NotImplementedError:  # an encoder that cannot be dilated
+    except NotImplementedError:  # it cannot be dilated and does not name its stages; then all of them stay
         return
     unread = {id(module) for stride, modules in stages.items() if stride > deepest for module in modules}
     for parent in list(encoder.modules()):

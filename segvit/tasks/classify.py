@@ -25,7 +25,7 @@ from segvit.data.image_folder import ImageFolder, open_image_folder
 from segvit.data.prepare import prepare
 from segvit.engine.freeze import freeze
 from segvit.engine.run import claim, locked, write_environment
-from segvit.engine.settings import Optim, Schedule
+from segvit.engine.settings import Optim, Schedule, check_counts
 from segvit.files import write_json
 from segvit.model_folder import load_model, match_classes, save_model
 from segvit.palette import generate_palette
@@ -74,8 +74,7 @@ class Classification:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.batch_size, self.checkpoint_every, self.size) < 1 or self.workers < 0:
-            raise UserError("steps, batch_size, checkpoint_every and size must be 1 or more, workers 0 or more")
+        check_counts(self, "steps", "batch_size", "checkpoint_every", "size")
         check_views(self)
         if self.adapter_options and self.adapter is None:
             raise UserError(f"adapter_options {self.adapter_options} belong to no adapter; set adapter too")

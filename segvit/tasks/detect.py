@@ -32,7 +32,7 @@ from segvit.data.decode import read_image
 from segvit.data.loading import permutation
 from segvit.engine.optim import clip_gradients, make_optimizer, parameter_rates, set_rates
 from segvit.engine.run import PREVIOUS_STATE, STATE, claim, locked, write_environment
-from segvit.engine.settings import Optim, Schedule
+from segvit.engine.settings import Optim, Schedule, check_counts
 from segvit.engine.state import random_state, replace_state, restored
 from segvit.files import open_atomic, write_json, write_text
 from segvit.palette import generate_palette
@@ -72,8 +72,7 @@ class Detection:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.batch_size, self.checkpoint_every) < 1 or self.workers < 0:
-            raise UserError("steps, batch_size and checkpoint_every must be 1 or more, workers 0 or more")
+        check_counts(self, "steps", "batch_size", "checkpoint_every")
         if not 32 <= self.size[0] <= self.size[1]:
             raise UserError(
                 f"size is {self.size}; give the short side, 32 or more, and the longest that the other may be"

@@ -34,7 +34,7 @@ from segvit.data.episodes import (
 )
 from segvit.data.prepare import normalise
 from segvit.engine.run import claim, locked, write_environment
-from segvit.engine.settings import Optim, Schedule
+from segvit.engine.settings import Optim, Schedule, check_counts
 from segvit.files import write_json
 from segvit.metrics.few_shot import EpisodeCounts
 from segvit.systems.few_shot import BAM, Network, criterion, normalisers
@@ -87,12 +87,7 @@ class FewShot:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        counts = (self.steps, self.batch_size, self.checkpoint_every, self.episodes, self.seeds, self.min_pixels)
-        if min(counts) < 1 or self.workers < 0:
-            raise UserError(
-                "steps, batch_size, checkpoint_every, episodes, seeds and min_pixels must be 1 or more, and workers "
-                "0 or more"
-            )
+        check_counts(self, "steps", "batch_size", "checkpoint_every", "episodes", "seeds", "min_pixels")
         if self.size < 33:
             raise UserError(f"size is {self.size}; give 33 or more, best 8 n + 1 such as 473")
         if self.base is not None and self.weights is not None:

@@ -23,7 +23,7 @@ from segvit.data.episodes import MIN_PIXELS, Fold, base_mask, chosen_fold, disto
 from segvit.data.prepare import normalise
 from segvit.engine.evaluate import evaluate
 from segvit.engine.run import claim, locked, write_environment
-from segvit.engine.settings import Optim, Schedule
+from segvit.engine.settings import Optim, Schedule, check_counts
 from segvit.files import write_json
 from segvit.inference.predictor import Predictor
 from segvit.losses.cross_entropy import pixel_cross_entropy
@@ -67,8 +67,7 @@ class BaseLearning:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.checkpoint_every, self.hidden, self.min_pixels) < 1 or self.workers < 0:
-            raise UserError("steps, checkpoint_every, hidden and min_pixels must be 1 or more, workers 0 or more")
+        check_counts(self, "steps", "checkpoint_every", "hidden", "min_pixels")
         if self.batch_size < 2:
             raise UserError(f"batch_size is {self.batch_size}; the norms over 1 x 1 cells need 2 or more")
         if self.size < 33:

@@ -85,7 +85,8 @@ def segment_files(source: str, folder: Path, plan: Plan, load: Callable[[], Call
     windows need a Predictor. Raises UserError for what a kind of file does not have.
     """
     images = find_images(source, READABLE)
-    names = all_names(images, folder, plan)
+    kinds = {image: other_kind(image, plan) for image in images}
+    names = all_names(images, kinds, folder, plan)
     check_names(list(images), [path for paths in names.values() for path in paths.values()])
     record = checked_record(folder, plan)
     rest = {image: paths for image, paths in names.items() if not (plan.resume and is_done(image, paths))}
@@ -94,7 +95,7 @@ def segment_files(source: str, folder: Path, plan: Plan, load: Callable[[], Call
         segment = load()
         if isinstance(segment, Predictor) and plan.window is not None:
             segment.run = Windowed(segment.run, plan.window, plan.step)
-        special = {image: one for image in rest if (one := other_kind(image, plan)) is not None}
+        special = {image: kind for image in rest if (kind := kinds[image]) is not None}
         if special and not isinstance(segment, Predictor):
             raise UserError(f"{min(special)}: this model segments images only; give it single pictures")
         write_json(folder / RECORD, record)
@@ -110,7 +111,9 @@ def segment_files(source: str, folder: Path, plan: Plan, load: Callable[[], Call
     return Predicted(written, failed)
 
 
-def all_names(images: dict[Path, Path], folder: Path, plan: Plan) -> dict[Path, dict[str, Path]]:
+def all_names(
+    images: dict[Path, Path], kinds: dict[Path, Kind | None], folder: Path, plan: Plan
+) -> dict[Path, dict[str, Path]]:
     """The files to write of every file to read."""
     targets = {image: folder / name.with_suffix(".png") for image, name in images.items() if not is_volume(image)}
     if len(set(targets.values())) < len(targets):  # a.jpg and a.png
@@ -118,7 +121,7 @@ def all_names(images: dict[Path, Path], folder: Path, plan: Plan) -> dict[Path, 
     targets |= {image: folder / name for image, name in images.items() if is_volume(image)}
     found = {}
     for image, target in targets.items():
-        kind = other_kind(image, plan)
+        kind = kinds[image]
         if kind is not None and plan.extra["scores"]:
             raise UserError(f"{image}: scores are written of single pictures only; leave out --scores")
         if kind is not None and kind is not film and plan.extra["overlay"]:

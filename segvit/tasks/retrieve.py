@@ -27,9 +27,9 @@ from segvit.data.image_folder import ImageFolder, open_image_folder
 from segvit.data.prepare import prepare
 from segvit.engine.freeze import freeze
 from segvit.engine.run import claim, locked, write_environment
-from segvit.engine.settings import Optim, Schedule
+from segvit.engine.settings import Optim, Schedule, check_counts
 from segvit.files import write_json
-from segvit.metrics.retrieval import recall_at_k
+from segvit.metrics.retrieval import measured, recall_at_k
 from segvit.model_folder import load_model, save_model
 from segvit.palette import generate_palette
 from segvit.tasks.console import progress_bar
@@ -76,8 +76,7 @@ class Retrieval:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.checkpoint_every, self.size) < 1 or self.workers < 0:
-            raise UserError("steps, checkpoint_every and size must be 1 or more, workers 0 or more")
+        check_counts(self, "steps", "checkpoint_every", "size")
         if self.batch_size < 2:
             raise UserError(f"batch_size is {self.batch_size}; give 2 or more, the released head has a batch norm")
         check_views(self)
@@ -208,8 +207,7 @@ def embed_files(model: Model, paths: Sequence[Path], *, workers: int = 0) -> Emb
     if not kept:
         raise UserError(f"none of {len(failed)} images can be read: {'; '.join(failed[:3])}")
     vectors = torch.cat(parts).numpy()
-    lengths = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
-    bad = np.flatnonzero(~np.isfinite(lengths[:, 0]) | (lengths[:, 0] == 0))
+    lengths, bad = measured(vectors)
     if len(bad):
         raise UserError(
             f"{paths[kept[bad[0]]]}: its embedding has length {lengths[bad[0], 0]} ({len(bad)} like it), so that it "

@@ -26,7 +26,7 @@ def sideways(number=6):
     return exif
 
 
-def same(path, **expected):
+def assert_seen(path, **expected):
     image = look_at_image(path, "name")
     assert (image.path, image.error) == ("name", "")
     assert {key: getattr(image, key) for key in expected} == expected
@@ -54,7 +54,7 @@ def test_kinds(tmp_path, undecoded, name, picture, mode, channels, bits):
     picture.save(tmp_path / name)
     kinds = {"jpg": "JPEG", "tif": "TIFF"}
     suffix = name[2:]
-    same(
+    assert_seen(
         tmp_path / name, size=(12, 17), mode=mode, channels=channels, bits=bits, turned=False, hash=None,
         format=kinds.get(suffix, suffix.upper()),
     )  # fmt: skip
@@ -62,27 +62,27 @@ def test_kinds(tmp_path, undecoded, name, picture, mode, channels, bits):
 
 def test_16_bit_pngs(tmp_path):
     Image.fromarray(GRAY.astype(np.uint16)).save(tmp_path / "gray.png")
-    same(tmp_path / "gray.png", channels=1, bits=16)
+    assert_seen(tmp_path / "gray.png", channels=1, bits=16)
     # Pillow writes no colours of 16 bits: the header of this file alone is right.
     Image.fromarray(PIXELS).save(tmp_path / "a.png")
     data = bytearray((tmp_path / "a.png").read_bytes())
     data[24] = 16
     data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
     (tmp_path / "a.png").write_bytes(data)
-    same(tmp_path / "a.png", size=(12, 17), channels=3, bits=16)
+    assert_seen(tmp_path / "a.png", size=(12, 17), channels=3, bits=16)
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.tif"])
 @pytest.mark.parametrize(("number", "turned"), [(1, False), (3, False), (6, True), (8, True)])
 def test_an_exif_turn_exchanges_height_and_width(tmp_path, undecoded, name, number, turned):
     Image.fromarray(PIXELS).save(tmp_path / name, exif=sideways(number))
-    same(tmp_path / name, size=(17, 12) if turned else (12, 17), turned=turned)
+    assert_seen(tmp_path / name, size=(17, 12) if turned else (12, 17), turned=turned)
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.tif"])
 def test_sizes_are_those_that_training_reads(tmp_path, name):
     Image.fromarray(PIXELS).save(tmp_path / name, exif=sideways())
-    same(tmp_path / name, size=read_image(tmp_path / name).shape[:2])
+    assert_seen(tmp_path / name, size=read_image(tmp_path / name).shape[:2])
 
 
 def test_the_exif_tag_may_follow_the_pixels(tmp_path):
@@ -95,7 +95,7 @@ def test_the_exif_tag_may_follow_the_pixels(tmp_path):
         data[:start] + data[start + length : end] + data[start : start + length] + data[end:]
     )
     assert read_image(tmp_path / "a.png").shape == (17, 12, 3)
-    same(tmp_path / "a.png", size=(17, 12), turned=True)
+    assert_seen(tmp_path / "a.png", size=(17, 12), turned=True)
 
 
 @pytest.mark.parametrize(("kind", "bits"), [(np.uint8, 8), (np.uint16, 16), (np.float32, 32)])
@@ -104,7 +104,7 @@ def test_tiffs_of_many_channels(tmp_path, kind, bits):
     for planar in ("contig", "separate"):
         pixels = np.zeros((12, 17, 6) if planar == "contig" else (6, 12, 17), kind)
         tifffile.imwrite(tmp_path / "a.tif", pixels, photometric="minisblack", planarconfig=planar)
-        same(tmp_path / "a.tif", size=(12, 17), channels=6, bits=bits, format="TIFF")
+        assert_seen(tmp_path / "a.tif", size=(12, 17), channels=6, bits=bits, format="TIFF")
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_arrays(tmp_path, array, mode, channels, bits):
     np.savez(tmp_path / "a.npz", array)
     np.savez_compressed(tmp_path / "b.npz", image=array, label=np.zeros(3))
     for name in ("a.npy", "a.npz", "b.npz"):
-        same(tmp_path / name, size=(12, 17), mode=mode, channels=channels, bits=bits, format=name[2:].upper())
+        assert_seen(tmp_path / name, size=(12, 17), mode=mode, channels=channels, bits=bits, format=name[2:].upper())
 
 
 def test_unusable_files_say_why(tmp_path):
