@@ -57,8 +57,7 @@ def plan_axis(outputs: range, length: int, spans: Sequence[tuple[int, int]], cel
     """
     starts, stops = (np.array(ends) for ends in zip(*spans, strict=True))
     inner, same = int(stops[-1]), length == int(stops[-1])
-    above, blend = source_rows(inner, length, outputs)
-    upper, weight = np.array(above), np.array(blend)
+    upper, weight = source_rows(inner, length, outputs)
     lower = upper if same else np.minimum(upper + 1, inner - 1)
     pixel = np.arange(inner)
     first, last = np.searchsorted(stops, pixel, "right"), np.searchsorted(starts, pixel, "right") - 1
@@ -89,14 +88,16 @@ class Grid(NamedTuple):
     part: NDArray[np.float64]  # (input pixels,) share of each window that covers the pixel
 
 
-def _part(grid: Grid, span: tuple[int, int], cells: int, table: tuple[list[int], list[float]], *, same: bool) -> Part:
+def _part(
+    grid: Grid, span: tuple[int, int], cells: int, table: tuple[NDArray[np.int64], NDArray[np.float64]], *, same: bool
+) -> Part:
     touched = np.flatnonzero((grid.high >= span[0]) & (grid.low < span[1]))
     begin, end = int(touched[0]), int(touched[-1]) + 1
     low, high = grid.low[begin:end, None], grid.high[begin:end, None]
     width = int((grid.high - grid.low).max()) + 1
     pixel = low + np.arange(width)  # (G, I)
     inside = np.clip(pixel, np.maximum(low, span[0]), np.minimum(high, span[1] - 1)) - span[0]
-    upper, weight = np.array(table[0])[inside], np.array(table[1])[inside]
+    upper, weight = table[0][inside], table[1][inside]
     lower = np.minimum(upper + 1, cells - 1)
     first, last = upper[:, :1], lower.max(1, keepdims=True)
     footprint = int((last - first).max()) + 1

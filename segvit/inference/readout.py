@@ -27,14 +27,9 @@ from torch import Tensor
 
 from segvit.contracts import Dense, MaskScores, Size
 from segvit.inference.blocks import Axis, Part, plan_axis
+from segvit.inference.rounding import BLENDING, SMALLEST, mixing, rounding
 from segvit.inference.windows import WindowedScores
 
-UNIT = 2.0**-24  # rounding of float32: half the distance from 1 to the next number
-# Error of an interpolated logit in parts of its largest cell. A blend a (1 - w) + b w rounds w and 1 - w, both products
-# and their sum: 3 + w units at most. There are two blends; 9 is for the products of these errors. The logarithm of the
-# sigmoid has a slope of 1 - s, so that a mask of s is off by no more than that times 1 - s, in parts of itself.
-BLENDING = 9 * UNIT
-SMALLEST = 1e-30  # below this, underflow makes float32 differ from real numbers by more than rounding
 LARGEST = 1e4  # mask logits; beyond, rounding is no longer small against the sigmoid's slope
 LEAST_BLOCK = 9.0  # pixels of a mean block below which bounds cost more than they save
 MOST_OPEN = 0.12  # share of (block, class) pairs left by the bounds above which the dense readout is as fast
@@ -168,17 +163,6 @@ def best_class(band: Tensor) -> Tensor:
     return band.max(0).indices.to(torch.uint8 if len(band) <= 255 else torch.int32)
 
 
-def rounding(queries: int, windows: int) -> float:
-    """How far a float32 score may lie from the real one of the same mask logits, in parts of its masks' sum and offset.
-
-    Bounds in units of 2^-24 for any order of summation, fused or not. The sigmoid's exponential is within 1 unit in the
-    last place, which is 2, and a sum and a division follow: 4. A product of `queries` (0 = no mixing) positive terms
-    makes that many. The offset makes 1, the average of windows one each and 1, the second resize two blends of 4 each
-    (see BLENDING): 20 in all with reserve.
-    """
-    return UNIT * (queries + windows + 20)
-
-
 def _source(found: MaskScores, rows: Part, columns: Part) -> Source | None:
     masks = found.masks[0]
     weights = found.weights[0].mT.contiguous() if found.weights is not None else None
@@ -294,7 +278,8 @@ def _settle(strip: Strip, pixels: Chosen, labels: Tensor, close: Tensor) -> None
         y = torch.from_numpy(strip.rows.start)[row] + down - int(strip.rows.start[0])
         x = torch.from_numpy(strip.columns.start)[column] + across
         labels[y, x] = classes.gather(1, winner[:, None])[:, 0].to(labels.dtype)
-        slack = 2 * (error + strip.rounding * (first.abs() + 4 * strip.shift)) + SMALLEST
+        rest = rounding(0, len(strip.sources))  # what mixes the queries is part of `error`
+        slack = 2 * (error + rest * (first.abs() + 4 * strip.shift)) + SMALLEST
         close[y[first - second <= slack]] = True
 
 
@@ -313,7 +298,8 @@ def _two_best(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _scores(strip: Strip, chosen: Chosen, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Scores (n, C, R, S) and a bound (n,) on their error.
 
-    Of blocks it is by the queries that are left out, of single pixels by the blending that the dense readout rounds.
+    Of blocks it is by the queries that are left out, of single pixels by the blending and the mixing that the dense
+    readout rounds.
     """
     shape = (strip.rows.longest, strip.columns.longest) if chosen.pixel is None else (1, 1)
     total = torch.zeros(*chosen.classes.shape, *shape, dtype=dtype)
@@ -349,6 +335,8 @@ def _window_scores(strip: Strip, source: Source, chosen: Chosen, dtype: torch.dt
     if chosen.pixel is not None:
         loose = (scores * (1 - scores)).amax((2, 3)) * corners.abs().amax((2, 3))
         error = BLENDING * (loose if mixture is None else (mixture @ loose[:, :, None])[:, :, 0]).amax(1)
+        if mixture is not None:
+            error += mixing(mixture * scores.amax((2, 3))[:, None]).amax(1)
     if mixture is not None:
         scores = torch.baddbmm(middle, mixture, scores.flatten(2)).unflatten(2, scores.shape[2:])
     if source.offset is not None:

@@ -100,7 +100,7 @@ class WindowedScores:
         if size == self.size:
             return self.rows(rows)
         above, _ = source_rows(self.size[0], size[0], range(rows.start, rows.stop))
-        needed = range(above[0], min(above[-1] + 2, self.size[0])) if size[0] != self.size[0] else rows
+        needed = range(int(above[0]), min(int(above[-1]) + 2, self.size[0])) if size[0] != self.size[0] else rows
         band = self.rows(needed)[None]
         return bilinear_rows(band, size, rows, height=self.size[0], first=needed.start)[0]
 

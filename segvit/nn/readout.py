@@ -5,8 +5,10 @@ Shapes    B images, K classes, Q queries, h w map grid, H W pixels, R rows of a 
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from segvit.contracts import Dense, Size
@@ -22,10 +24,9 @@ def bilinear_rows(maps: Tensor, size: Size, rows: range, *, height: int | None =
     height = maps.shape[-2] if height is None else height
     if height != size[0]:
         above, blend = source_rows(height, size[0], rows)
-        below = [min(row + 1, height - 1) - first for row in above]
-        weight = torch.tensor(blend, device=maps.device, dtype=maps.dtype)[:, None]  # (R, 1)
-        upper = maps[:, :, [row - first for row in above]]
-        maps = upper * (1 - weight) + maps[:, :, below] * weight  # (B, C, R, w)
+        upper, lower = (torch.from_numpy(row - first).to(maps.device) for row in (above, next_rows(above, height)))
+        weight = torch.from_numpy(blend).to(maps)[:, None]  # (R, 1)
+        maps = maps.index_select(2, upper) * (1 - weight) + maps.index_select(2, lower) * weight  # (B, C, R, w)
     else:
         maps = maps[:, :, rows.start - first : rows.stop - first]
     if maps.shape[-1] == size[1]:
@@ -35,21 +36,26 @@ def bilinear_rows(maps: Tensor, size: Size, rows: range, *, height: int | None =
     return maps @ bilinear_matrix(maps.shape[-1], size[1], device=maps.device, dtype=maps.dtype).mT
 
 
-def source_rows(height: int, new_height: int, rows: range) -> tuple[list[int], list[float]]:
+def source_rows(height: int, new_height: int, rows: range) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """For each row of a resize from `height` to `new_height`: the source row above and the weight of the next one."""
-    places = [max((row + 0.5) * height / new_height - 0.5, 0.0) for row in rows]
-    above = [min(int(place), height - 1) for place in places]
-    return above, [place - row for place, row in zip(places, above, strict=True)]
+    places = np.maximum((np.arange(rows.start, rows.stop) + 0.5) * height / new_height - 0.5, 0.0)
+    above = np.minimum(places.astype(np.int64), height - 1)
+    return above, places - above
+
+
+def next_rows(above: NDArray[np.int64], height: int) -> NDArray[np.int64]:
+    """The rows below those; below the last one, itself."""
+    return np.minimum(above + 1, height - 1)
 
 
 def bilinear_matrix(old: int, new: int, *, device: torch.device, dtype: torch.dtype) -> Tensor:
     """(new, old): each row has the weights of the two neighbours that make one output row."""
     above, blend = source_rows(old, new, range(new))
-    weight = torch.tensor(blend, device=device, dtype=dtype)
+    weight = torch.from_numpy(blend).to(device, dtype)
     matrix = torch.zeros(new, old, device=device, dtype=dtype)
-    number, first = torch.arange(new, device=device), torch.tensor(above, device=device)
+    number, first, second = (torch.from_numpy(a).to(device) for a in (np.arange(new), above, next_rows(above, old)))
     matrix[number, first] = 1 - weight
-    matrix.index_put_((number, (first + 1).clamp_(max=old - 1)), weight, accumulate=True)
+    matrix.index_put_((number, second), weight, accumulate=True)
     return matrix
 
 

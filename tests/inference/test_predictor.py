@@ -179,7 +179,7 @@ class Largest(TorchDispatchMode):
 
 
 class Masks:
-    """150 classes, random masks at a quarter of the size."""
+    """150 classes, random masks at an eighth of the size."""
 
     def __init__(self, **spec):
         other = FakeRuntime(150, **spec)
@@ -187,7 +187,7 @@ class Masks:
 
     def __call__(self, images):
         height, width = images.shape[-2:]
-        masks = np.random.default_rng(0).normal(size=(len(images), 150, height // 4, width // 4)).astype(np.float32)
+        masks = np.random.default_rng(0).normal(size=(len(images), 150, height // 8, width // 8)).astype(np.float32)
         return Dense(torch.from_numpy(masks), {}, (height, width))
 
 
