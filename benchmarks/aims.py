@@ -6,13 +6,15 @@
 A SegViT-Tiny of four blocks learns `synthetic:shapes` with a head of 150 classes first. Speed is that of SegViT
 ViT-B/16 at 512 x 512 with random weights, whose readout is fed with the outputs of the trained network, since random
 masks are noise. What is compared is timed in turns, the machine's matrix rate among it. The official way runs the same
-network eagerly, makes all masks at full size, takes their sigmoids, mixes, resizes, and takes softmax and arg max.
-Agreement, mIoU and gaps are those of the trained network on scenes that it has not seen.
+network eagerly with the attention of `nn.MultiheadAttention`, which holds all weights, as the official code does; it
+makes all masks at full size, takes their sigmoids, mixes, resizes, and takes softmax and arg max. Agreement, mIoU and
+gaps are those of the trained network on scenes that it has not seen.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import subprocess
 import sys
 import tempfile
@@ -44,7 +46,7 @@ from segvit.metrics.confusion import ConfusionMatrix
 from segvit.nn.flops import count_gflops
 from segvit.zoo import create_model
 
-SIDE, SCENES = 512, 24
+SIDE, SCENES, CALIBRATION = 512, 200, 64
 ENGINES = {"fp32": ("openvino", "onnxruntime"), "bf16": ("openvino",), "int8": ("openvino", "onnxruntime")}
 
 
@@ -73,10 +75,10 @@ class Fed:
         return self.out
 
 
-def on_engines(model: nn.Module, side: int, folder: Path) -> dict[tuple[str, str], Runtime]:
-    """The model on every engine that exported files are for; int8 is calibrated on scenes of that size."""
+def on_engines(model: nn.Module, side: int, count: int, folder: Path) -> dict[tuple[str, str], Runtime]:
+    """The model on every engine that exported files are for; int8 is calibrated on `count` scenes of that size."""
     program, found = trace(model, inside=False), {}
-    scenes = [normalise(draw_shapes(side, (1, 0, number))[0], model.spec) for number in range(16)]
+    scenes = [normalise(draw_shapes(side, (1, 0, number))[0], model.spec) for number in range(count)]
     for precision, engines in ENGINES.items():
         for engine in engines:
             suffix = next(suffix for suffix, kind in SUFFIXES.items() if kind == FORMATS[engine])
@@ -89,6 +91,14 @@ def on_engines(model: nn.Module, side: int, folder: Path) -> dict[tuple[str, str
     return found
 
 
+def as_official(model: nn.Module) -> nn.Module:
+    """A copy whose self-attention makes all weights, softmax and products one after the other."""
+    plain = copy.deepcopy(model)
+    for block in plain.backbone.blocks:
+        block.attn.fused_attn = False
+    return plain
+
+
 def timed_rows(trained: Dense, repeats: int, folder: Path) -> list[Aim]:
     """Speed of ViT-B by precision beside the official way, its share of the matrix rate, and EoMT."""
     torch.manual_seed(0)
@@ -96,7 +106,11 @@ def timed_rows(trained: Dense, repeats: int, folder: Path) -> list[Aim]:
     model = create_model("segvit_vit_base", classes=CLASSES, spec=spec, image_size=SIDE).eval()
     image = draw_shapes(SIDE, (0, 1, 3))[0]
     pixels = prepare(image, spec)[None]
-    found = on_engines(model, SIDE, folder)
+    # Random weights: 16 scenes calibrate what is only timed. Emulated, bf16 takes a minute an image.
+    found = on_engines(model, SIDE, 16, folder)
+    if not cpu_has_bf16():
+        del found["openvino", "bf16"]
+    plain = as_official(model)
     runs: dict[str, Callable[[], object]] = {
         f"{engine} {precision}": lambda run=run: Predictor(Fed(run, trained)).segment(image)
         for (engine, precision), run in found.items()
@@ -104,7 +118,8 @@ def timed_rows(trained: Dense, repeats: int, folder: Path) -> list[Aim]:
     runs["torch fp32"] = lambda: Predictor(Fed(TorchRuntime(model), trained)).segment(image)
     rival = build_rival("eomt", len(CLASSES), (SIDE, SIDE))
     others: dict[str, Callable[[], object]] = {
-        "official": lambda: (model(prepare(image, spec)[None]), official(trained, SIDE)),
+        "official": lambda: (plain(prepare(image, spec)[None]), official(trained, SIDE)),
+        "official, fused": lambda: (model(prepare(image, spec)[None]), official(trained, SIDE)),
         "eomt": lambda: rival.labels(pixels), "matrix": matrix_product(),
     }  # fmt: skip
     with torch.inference_mode():
@@ -113,18 +128,27 @@ def timed_rows(trained: Dense, repeats: int, folder: Path) -> list[Aim]:
     print("medians: " + ", ".join(f"{name} {1e3 * spent:.0f} ms" for name, spent in median.items()), flush=True)
     rate, rows = matrix_rate(median["matrix"]), []
     for precision, aim in (("fp32", 2.2), ("bf16", 4.0), ("int8", 6.0)):
-        best = min((name for name in runs if name.endswith(precision)), key=median.__getitem__)
-        times = median["official"] / median[best]
+        what, wanted = f"ViT-B image -> labels, {precision}, beside the official way", f">= {aim} times faster"
+        names = [name for name in runs if name.endswith(precision)]
+        if not names:
+            rows.append(Aim(what, wanted, "not timed: this CPU has no bf16 instructions", None))
+            continue
+        best = min(names, key=median.__getitem__)
+        times, fused = (median[way] / median[best] for way in ("official", "official, fused"))
         spread = [slow / fast for slow, fast in zip(seconds["official"], seconds[best], strict=True)]
         rows.append(Aim(
-            f"ViT-B image -> labels, {precision}, beside the official way", f">= {aim} times faster",
+            what, wanted,
             f"{times:.2f} times ({min(spread):.2f} to {max(spread):.2f}): {median[best]:.3f} s by {best}, "
-            f"{median['official']:.3f} s", times >= aim,
+            f"{median['official']:.3f} s; {fused:.2f} times where the official way too has fused attention",
+            times >= aim,
         ))  # fmt: skip
         if precision == "fp32":
-            share = count_gflops(model, (SIDE, SIDE)) / rate / median[best]
-            rows.append(Aim("share of the fp32 matrix rate, whole pipeline", ">= 75 %",
-                            f"{100 * share:.0f} % of {rate:.0f} GFLOP/s", share >= 0.75))  # fmt: skip
+            share = count_gflops(model, (SIDE, SIDE), readout=False) / rate / median[best]
+            rows.append(Aim(
+                "share of the fp32 matrix rate, whole pipeline", ">= 75 %",
+                f"{100 * share:.0f} % of {rate:.0f} G multiply-adds a second, at which those of the network alone "
+                f"would take {share * median[best]:.3f} s", share >= 0.75,
+            ))  # fmt: skip
     times = median["eomt"] / median["torch fp32"]
     rows.append(Aim("against EoMT-B of transformers, both on eager torch", "faster",
                     f"{times:.2f} times: {median['torch fp32']:.3f} s, {median['eomt']:.3f} s", times > 1))  # fmt: skip
@@ -135,9 +159,9 @@ def agreement_rows(model: nn.Module, folder: Path) -> list[Aim]:
     """Labels of the engines on the trained network beside torch's in fp32, and mIoU."""
     scenes = [draw_shapes(128, (0, number, 2)) for number in range(SCENES)]
     runs = {
-        "torch fp32": TorchRuntime(model),
-        **{" ".join(key): run for key, run in on_engines(model, 128, folder).items()},
-    }
+        "torch fp32": TorchRuntime(model), "torch bf16": TorchRuntime(model, precision="bf16"),
+        **{" ".join(key): run for key, run in on_engines(model, 128, CALIBRATION, folder).items()},
+    }  # fmt: skip
     labels = {name: [Predictor(run).segment(image)[0] for image, _ in scenes] for name, run in runs.items()}
     miou = {}
     for name, found in labels.items():
@@ -153,7 +177,7 @@ def agreement_rows(model: nn.Module, folder: Path) -> list[Aim]:
         change = 100 * (miou[name] - miou["torch fp32"])
         what, said = (
             f"trained Tiny, {name}, beside torch fp32",
-            f"{100 * same:.4f} % of labels, mIoU {change:+.2f} points",
+            f"{100 * same:.4f} % of labels, mIoU {change:+.2f} points in {SCENES} scenes",
         )
         if name.endswith("int8"):
             rows.append(Aim(what, "mIoU change <= 0.5 points", said, abs(change) <= 0.5))
@@ -171,9 +195,8 @@ def largest_gap(model: nn.Module, scenes: list[Any], found: list[Any], expected:
     gap = 0.0
     for (image, _), one, other in zip(scenes, found, expected, strict=True):
         if (one != other).any():
-            scores = Predictor(model)(image, scores=True).scores.astype(np.float32)[:, one != other]
-            best = np.sort(scores, axis=0)[-2:]
-            gap = max(gap, float((best[1] - best[0]).max()))
+            best = Predictor(model).top(image, 2)[1][:, one != other]
+            gap = max(gap, float((best[0] - best[1]).max()))
     return gap
 
 
@@ -198,7 +221,7 @@ def readout_row(model: nn.Module, repeats: int) -> Aim:
 
 
 LARGE = """
-import resource, sys, time
+import sys, time
 from pathlib import Path
 import numpy as np, tifffile, torch
 from segvit.data.synthetic import draw_shapes
@@ -215,9 +238,11 @@ model = new_model()
 model.load_state_dict(torch.load(weights, weights_only=True))
 start = time.perf_counter()
 with open_regions(folder / "a.tif") as regions:
-    run = Windowed(TorchRuntime(model.eval()), (512, 512), (512, 512))
+    run = Windowed(TorchRuntime(model.eval()), (512, 512), (384, 384))
     segment_large(run, regions, folder / "b.tif", identity={})
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, time.perf_counter() - start)
+# Not ru_maxrss, which a process inherits from the one that started it.
+peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+print(int(peak.split()[1]) / 2**20, time.perf_counter() - start)
 """
 
 
@@ -226,7 +251,7 @@ def large_row(weights: Path, side: int, folder: Path) -> Aim:
     what, aim = f"{side:,} x {side:,} tiled TIFF, SegViT-Tiny", "<= 2 GB resident"
     if not side:
         return Aim("20,000 x 20,000 tiled TIFF, SegViT-Tiny", aim, "not run", None)
-    command = [sys.executable, "-c", LARGE, str(folder), str(side), str(weights)]
+    command = [sys.executable, "-c", LARGE, str(folder), str(side), str(weights.resolve())]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
     if done.returncode:
         return Aim(what, aim, done.stderr.strip().splitlines()[-1], False)

@@ -51,9 +51,9 @@ def matrix_rate(seconds: float) -> float:
     return SIDE**3 / seconds / 1e9
 
 
-def peak_memory(function: Callable[[], object]) -> float:
-    """MB by which memory grows at most while the function runs: the GPU's where there is one, else the process's."""
-    if torch.cuda.is_available():
+def peak_memory(function: Callable[[], object], device: str | torch.device = "cpu") -> float:
+    """MB by which memory grows at most while the function runs: a GPU's, or the process's."""
+    if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         function()
@@ -91,8 +91,8 @@ def resident() -> int:
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
-def processor() -> str:
-    """The name of the CPU, and of the GPU where there is one."""
+def processor(device: str | torch.device = "cpu") -> str:
+    """The name of the CPU, and of the GPU if that is the device."""
     names = [platform.processor() or platform.machine()]
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -100,6 +100,6 @@ def processor() -> str:
     except OSError:  # no Linux
         pass
     names[0] += f", {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    if torch.cuda.is_available():
+    if torch.device(device).type == "cuda":
         names.append(torch.cuda.get_device_name())
     return "; ".join(names)

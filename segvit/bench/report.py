@@ -18,7 +18,8 @@ def write_bench(folder: Path, found: Bench) -> None:
     (head, rows), (part_head, parts) = table(found), parts_table(found)
     chart = scatter(
         "Images a second over parameters, in million",
-        [Point(row.name, row.parameters / 1e6, row.rate / max(one.rate for one in found.rows)) for row in found.rows],
+        [Point(row.name, row.parameters / 1e6, row.rate / max(one.rate for one in found.rows))
+         for row in found.rows if row.parameters is not None],
         unit="million parameters",
     ) if len(found.rows) > 1 else ""  # fmt: skip
     sections = [

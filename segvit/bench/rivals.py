@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib import metadata
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +32,7 @@ def build_rival(name: str, classes: int, size: Size) -> Rival:
     try:
         rival = RIVALS[name](classes, size)
     except ImportError as error:
-        raise UserError(f"{name} needs {error.name}; pip install {PACKAGES[name]}") from None
+        raise UserError(f"{name} needs {error.name}; pip install {PACKAGES[name][1]}") from None
     rival.network.eval()
     return rival
 
@@ -123,7 +124,12 @@ RIVALS: dict[str, Callable[[int, Size], Rival]] = {
     "eomt": _eomt, "mask2former": _mask2former, "segformer": _segformer, "upernet": _upernet, "smp_unet": _smp_unet,
     "timm_linear": _timm_linear,
 }  # fmt: skip
-PACKAGES = {
-    **dict.fromkeys(("eomt", "mask2former", "segformer", "upernet"), "transformers"),
-    "smp_unet": "'segvit[classic]'", "timm_linear": "timm",
+PACKAGES = {  # what each comes from, and what brings it
+    **dict.fromkeys(("eomt", "mask2former", "segformer", "upernet"), ("transformers", "'segvit[bench]'")),
+    "smp_unet": ("segmentation-models-pytorch", "'segvit[bench]'"), "timm_linear": ("timm", "timm"),
 }  # fmt: skip
+
+
+def versions(rivals: Sequence[str]) -> dict[str, str]:
+    """The version of each package that these come from."""
+    return {package: metadata.version(package) for package, _ in (PACKAGES[rival] for rival in rivals)}

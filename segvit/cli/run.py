@@ -69,6 +69,7 @@ def val(
         json: Print JSON instead of a table.
     """
     from segvit.export.engines import start
+    from segvit.export.runtimes import is_exported
     from segvit.inference.predictor import Views
     from segvit.tasks.commands import evaluate_run
     from segvit.tasks.open_vocabulary import Vocabulary
@@ -83,6 +84,7 @@ def val(
         vocabulary=vocabulary, unseen=unseen,
         volumes=None if volumes is None else make_protocol(volumes, spacing=spacing, empty=empty),
         start=partial(start, engine=engine, precision=precision),
+        ran={"Precision": "as exported", "Device": "cpu"} if is_exported(run) else {"Engine": engine or "torch"},
     )  # fmt: skip
     show(result.report, json, result.text)
 

@@ -20,7 +20,7 @@ from segvit.data.dataset import Dataset, open_dataset
 from segvit.data.loading import samples
 from segvit.data.prepare import prepare
 from segvit.export.exportable import why_not
-from segvit.export.formats import to_onnx, to_openvino, write_onnx, write_openvino, write_pt2
+from segvit.export.formats import clamp_products, to_onnx, to_openvino, write_onnx, write_openvino, write_pt2
 from segvit.export.gate import Gate, compare, drawn_image
 from segvit.export.graph import chosen, kept_extras, trace
 from segvit.export.quantise import quantise
@@ -83,7 +83,8 @@ class Exported:
 
     def to_json(self) -> dict[str, Any]:
         """The report for machines."""
-        size = self.path.stat().st_size if self.path.exists() else None
+        files = [file for file in (self.path, self.path.with_suffix(".bin")) if file.is_file()]
+        size = None if self.gate.failures else sum(file.stat().st_size for file in files)
         costly = [loss._asdict() for loss in self.losses[:NAMED]]
         return {"path": str(self.path), "bytes": size, "seconds": round(self.seconds, 1), "costly_layers": costly} | (
             self.gate.to_json()
@@ -173,11 +174,17 @@ def write(
     source = path.with_suffix(".onnx")
     write_onnx(onnx, source, record)
     openvino = to_openvino(source)
+    if record.precision == "fp32":
+        clamp_products(openvino)
     write_openvino(to_int8(openvino) if quantised else openvino, path, record)
 
 
 def put_in_place(staged: Path, path: Path) -> None:
-    """Copy the file and, of OpenVINO, its weights; each atomically, the one that is opened last."""
+    """Copy the file and, of OpenVINO, its weights; each atomically, the one that is opened last.
+
+    An older file goes first: stopped in between, it would stand beside the new weights.
+    """
+    path.unlink(missing_ok=True)
     for suffix in (".bin", staged.suffix):
         source = staged.with_suffix(suffix)
         if source.is_file():
@@ -191,7 +198,8 @@ def training_images(dataset: Dataset | None, spec: InputSpec, count: int) -> lis
         return []
     split = "train" if "train" in dataset.splits else dataset.splits[0]
     total = dataset.count(split)
-    indices = sorted({i * total // count for i in range(min(count, total))})
+    count = min(count, total)
+    indices = [i * total // count for i in range(count)]
     found = []
     for sample in samples(dataset, split, indices=indices):
         image = prepare(sample.image, spec)

@@ -20,6 +20,7 @@ from segvit import __version__
 from segvit.adapters.files import digest
 from segvit.contracts import Classes, Dense, InputSpec, Readout, Runtime, UserError
 from segvit.data.dataset import is_generated, open_dataset
+from segvit.data.sources import named_source
 from segvit.export.build import Plan, export_model
 from segvit.export.graph import quiet
 from segvit.export.packages import need
@@ -111,7 +112,7 @@ def _as_it_is(
 class CompiledRuntime:
     """torch.compile with weights frozen into the code on a CPU; what compiling costs is kept on disk.
 
-    Every new image size compiles once more, then one graph serves all sizes.
+    The second image size compiles once more, for all sizes then. Only the first call says what it cost.
     """
 
     def __init__(self, model: Model, *, precision: AnyPrecision) -> None:
@@ -172,7 +173,9 @@ def own_data(source: str) -> str | None:
     if not config.is_file():
         return None
     data = str(yaml.safe_load(config.read_text(encoding="utf-8"))["data"])
-    return data if is_generated(data) or Path(data).expanduser().exists() else None
+    named = named_source(data)
+    there = is_generated(data) or (named[1] if named else Path(data).expanduser()).exists()
+    return data if there else None
 
 
 def engine_folder(source: str) -> Path:
@@ -185,10 +188,18 @@ def engine_folder(source: str) -> Path:
 def fingerprint(model: Model, engine: str) -> str:
     """What an exported file depends on: weights, classes, input, and the versions of what writes it."""
     state = model.state_dict()
-    packages = {"onnxruntime": ("onnxruntime", "onnx"), "openvino": ("openvino", "nncf")}[engine]
-    versions = [__version__, torch.__version__, *(metadata.version(package) for package in packages)]
+    packages = {"onnxruntime": ("onnxruntime", "onnx", "nncf"), "openvino": ("openvino", "nncf")}[engine]
+    versions = [__version__, torch.__version__, *map(version, packages)]
     described = [sorted(state), model.config.to_json(__version__), model.spec.to_json(), versions]
     return digest([state[name] for name in sorted(state)], json.dumps(described, sort_keys=True))
+
+
+def version(package: str) -> str:
+    """The version of an installed package; "none" where it is not, or goes by another name."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "none"
 
 
 def cpu_has_bf16() -> bool:

@@ -65,17 +65,22 @@ class Gate:
     images: int = 0  # of the validation split
     pixels: int = 0  # of these images
     differing: int = 0
+    gap: float = 0.0  # as of Compared, over these images; measured in fp32 only
     miou: tuple[float, float] | None = None  # of the model, of the exported file; in 0..1
+
+    @property
+    def all_pixels(self) -> int:
+        """Pixels compared, of drawn and of validation images."""
+        return self.pixels + sum(one.pixels for one in self.compared)
 
     @property
     def agreement(self) -> float:
         """The share of all compared pixels that have the same label."""
-        pixels = self.pixels + sum(one.pixels for one in self.compared)
-        return 1 - self.all_differing / pixels
+        return 1 - self.all_differing / self.all_pixels
 
     @property
     def all_differing(self) -> int:
-        """Pixels with another label, of drawn and of validation images."""
+        """Those of them with another label."""
         return self.differing + sum(one.differing for one in self.compared)
 
     @property
@@ -88,12 +93,12 @@ class Gate:
         """What is above its bound; none when the file may be used."""
         bounds, found = BOUNDS[self.precision], []
         if not all(math.isfinite(one.error) for one in self.compared):
-            found.append("outputs are not finite")
+            found.append("outputs are not finite or cover another area")
         judged = self.precision == "fp32" or self.change is None
         # Of few pixels a single tie would be more than the bound allows; how close a tie it is has a bound of its own.
         if judged and self.agreement < bounds.agreement and self.all_differing > 1:
             found.append(f"{self.agreement:.4%} of labels agree, {bounds.agreement:.3%} must")
-        widest = max(one.gap for one in self.compared)
+        widest = max(self.gap, *(one.gap for one in self.compared))
         if bounds.gap is not None and widest > bounds.gap:
             found.append(f"a label differs where the two best scores are {widest:.2g} apart, allowed {bounds.gap:g}")
         if self.change is not None and not abs(self.change) <= bounds.miou:
@@ -106,7 +111,7 @@ class Gate:
             "precision": self.precision, "passed": not self.failures, "failures": self.failures,
             "bounds": BOUNDS[self.precision]._asdict(), "label_agreement": self.agreement,
             "compared": [one._asdict() | {"error": _finite(one.error)} for one in self.compared],
-            "validation_images": self.images, "miou": self.miou, "miou_change": self.change,
+            "validation_images": self.images, "validation_gap": self.gap, "miou": self.miou, "miou_change": self.change,
         }  # fmt: skip
 
     def to_text(self) -> str:
@@ -121,7 +126,7 @@ class Gate:
             lines.append(
                 f"| {one.batch} | {height} x {width} | {one.error:.1e} | {one.differing} of {one.pixels} | {gap} |"
             )
-        lines += ["", f"Labels that agree: {self.agreement:.4%}."]
+        lines += ["", f"Labels that agree: {self.agreement:.4%}; {self.all_differing} of {self.all_pixels} differ."]
         if self.miou is None or self.change is None:
             lines.append("mIoU: not measured, no data were given.")
         else:
@@ -217,7 +222,11 @@ def compare_split(
         labels = [predictor.segment(sample.image)[0] for predictor in predictors]
         for matrix, guess in zip(found, labels, strict=True):
             matrix.update(guess, sample.mask)
-        gate.pixels, gate.differing = gate.pixels + labels[0].size, gate.differing + int((labels[0] != labels[1]).sum())
+        other = labels[0] != labels[1]
+        gate.pixels, gate.differing = gate.pixels + other.size, gate.differing + int(other.sum())
+        if BOUNDS[gate.precision].gap is not None and other.any():
+            best = predictors[0].top(sample.image, 2)[1][:, other]
+            gate.gap = max(gate.gap, float((best[0] - best[1]).max()))
         progress(done + 1, len(indices))
     gate.images = len(indices)
     gate.miou = (float(found[0].metrics().miou), float(found[1].metrics().miou))

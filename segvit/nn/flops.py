@@ -43,14 +43,18 @@ def _resize(input_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) 
 FORMULAS: dict[Any, Callable[..., int]] = {aten.native_layer_norm: _norm, aten.upsample_bilinear2d: _resize}
 
 
-def count_gflops(model: Model, size: Size) -> float:
-    """GFLOPs of image -> class scores at batch 1 and `size`. Nothing is computed: the count runs on the meta device."""
+def count_gflops(model: Model, size: Size, *, readout: bool = True) -> float:
+    """GFLOPs of image -> class scores at batch 1 and `size`. Nothing is computed: the count runs on the meta device.
+
+    Without `readout` only those of the network: what has to be computed however the scores are read.
+    """
     shadow = copy.deepcopy(model).to("meta").eval()
     counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
     with counter:
         out = shadow(torch.empty(1, model.spec.channels, *size, device="meta"))
-        model.readout(out, size, range(size[0]))
-    scores_resize = RESIZE * len(model.classes) * size[0] * size[1]
+        if readout:
+            model.readout(out, size, range(size[0]))
+    scores_resize = readout * RESIZE * len(model.classes) * size[0] * size[1]
     return (counter.get_total_flops() / 2 + scores_resize) / 1e9
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -69,10 +70,12 @@ def evaluate_run(
     run: str, data: str | None, split: str, out: str | None, *, views: Views, precision: Precision,
     device: str | None, workers: int, polyp: bool = False, vocabulary: Vocabulary = Vocabulary(),
     unseen: str | None = None, volumes: Protocol | None = None, start: Start | None = None,
+    ran: Mapping[str, str] = MappingProxyType({}),
 ) -> Evaluated:  # fmt: skip
     """Evaluate a run on a dataset, by default its own, and write metrics.json and index.html.
 
-    With `volumes`, slices are also put together and measured by that protocol.
+    With `volumes`, slices are also put together and measured by that protocol. `ran` is what the page says besides of
+    what `start` started.
     """
     source = data or trained_on(run)
     dataset = open_dataset(source)
@@ -93,7 +96,7 @@ def evaluate_run(
     facts = {
         "Model": run, "Data": source, "Split": split, "Images": f"{dataset.count(split)}", "Protocol": words,
         "Precision": precision, "Device": device or default_device(), "Version": f"segvit {__version__}",
-    }  # fmt: skip
+    } | dict(ran)  # fmt: skip
     report = write_evaluation(folder, segment, dataset, split, found, facts)
     summary = f"mIoU {metrics.miou:.4f}  mAcc {metrics.macc:.4f}  aAcc {metrics.aacc:.4f}  fwIoU {metrics.fwiou:.4f}"
     if "boundary" in report and report["boundary"]["miou"] is not None:

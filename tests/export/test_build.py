@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -46,7 +46,8 @@ def test_a_file_and_its_report(name: str, model: Model, tmp_path: Path) -> None:
     assert report["label_agreement"] == 1
     assert report["validation_images"] == 2
     assert report["miou_change"] == 0
-    assert report["bytes"] == path.stat().st_size
+    weights = path.with_suffix(".bin")
+    assert report["bytes"] == path.stat().st_size + (weights.stat().st_size if weights.exists() else 0)
     assert [tuple(one["size"]) for one in report["compared"]] == [SIZES[0], *SIZES]
     assert path.with_name(f"{path.name}.gate.md").read_text() == result.to_text()
     expected = {path.name, f"{path.name}.gate.json", f"{path.name}.gate.md"}
@@ -181,6 +182,30 @@ def test_calibration_images_are_spread_and_prepared() -> None:
     images = training_images(dataset, spec, 3)
     assert [tuple(image.shape) for image in images] == [(3, 40, 56)] * 3
     assert not np.allclose(images[0], images[1])
+    few = open_dataset("synthetic:shapes?train=5")
+    assert len(training_images(few, InputSpec(), 64)) == 5  # all that there are
+
+
+def test_a_file_is_replaced_with_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped between the two, no old graph stands beside new weights."""
+    staged, path = tmp_path / "staged.xml", tmp_path / "a.xml"
+    for file, text in ((staged, "new"), (path, "old")):
+        file.write_text(f"{text} graph")
+        file.with_suffix(".bin").write_text(f"{text} weights")
+    copy = build.shutil.copyfileobj
+
+    def stop(read: Any, file: Any) -> None:
+        if Path(read.name).suffix == ".xml":
+            raise KeyboardInterrupt
+        copy(read, file)
+
+    monkeypatch.setattr(build.shutil, "copyfileobj", stop)
+    with pytest.raises(KeyboardInterrupt):
+        build.put_in_place(staged, path)
+    assert not path.exists()
+    monkeypatch.undo()
+    build.put_in_place(staged, path)
+    assert (path.read_text(), path.with_suffix(".bin").read_text()) == ("new graph", "new weights")
 
 
 def test_the_default_place(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def test_an_engine_is_exported_once_and_gives_the_labels_of_torch(
     wanted = Predictor(model)(IMAGE).labels
     run = start(str(folder), "cpu", None, engine=engine, precision="fp32")
     assert "kept as" in capsys.readouterr().err
-    assert (Predictor(run)(IMAGE).labels != wanted).mean() <= 1e-3
+    assert (Predictor(run)(IMAGE).labels != wanted).sum() <= 1
     kept = {path: path.stat().st_mtime_ns for path in (folder / "engines").iterdir()}
     assert any(path.name.endswith(".gate.json") for path in kept)
     monkeypatch.setattr(engines, "export_model", None)  # must not be called again
@@ -87,6 +87,28 @@ def test_other_weights_classes_or_inputs_make_another_file() -> None:
             model.config = type(model.config)(name=model.config.name, options=model.config.options, classes=classes)
         marks.append(fingerprint(model, "onnxruntime"))
     assert len(set(marks)) == 4
+
+
+def test_packages_that_are_not_there_are_part_of_the_mark(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime may go by the name of another package."""
+    model, plain = tiny_model(), engines.metadata.version
+    mark = fingerprint(model, "onnxruntime")
+
+    def version(package: str) -> str:
+        if package in ("onnxruntime", "nncf"):
+            raise engines.metadata.PackageNotFoundError(package)
+        return plain(package)
+
+    monkeypatch.setattr(engines.metadata, "version", version)
+    assert fingerprint(model, "onnxruntime") != mark
+
+
+def test_data_of_a_named_source_are_found(tmp_path: Path) -> None:
+    (tmp_path / "camvid").mkdir()
+    config = tmp_path / "config.yaml"
+    for text, there in ((f"camvid:{tmp_path / 'camvid'}", True), (f"camvid:{tmp_path / 'gone'}", False)):
+        config.write_text(f"data: {text}\n")
+        assert engines.own_data(str(tmp_path)) == (text if there else None)
 
 
 def test_a_precision_that_an_engine_has_not(folder: Path) -> None:
@@ -131,7 +153,7 @@ def test_the_compiled_engine_gives_the_labels_of_torch(
     run = start(str(folder), "cpu", None, engine="compile", precision="fp32")
     for size in ((40, 56), (64, 64), (33, 47)):
         image = np.random.default_rng(1).integers(0, 256, (*size, 3), dtype=np.uint8)
-        assert (Predictor(run)(image).labels != Predictor(model)(image).labels).mean() <= 1e-3
+        assert (Predictor(run)(image).labels != Predictor(model)(image).labels).sum() <= 1
     assert capsys.readouterr().err.count("the first image took") == 1
 
 
@@ -148,7 +170,7 @@ def test_predict_and_val_take_files_and_engines(
         out = tmp_path / f"out{number}"
         main(["predict", str(tmp_path / "a.png"), "--out", str(out), "--model", *map(str, options)])
         labels.append(np.asarray(Image.open(out / "a.png")))
-    assert all((other != labels[3]).mean() <= 1e-3 for other in labels)
+    assert all((other != labels[3]).sum() <= 1 for other in labels)
     capsys.readouterr()
     mious = []
     for number, run in enumerate((files["onnx"], folder)):
@@ -174,4 +196,4 @@ def test_a_process_of_its_own_gives_the_labels_of_torch(model: Model, files: dic
     done = subprocess.run([sys.executable, "-m", "segvit", *line], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     found = np.asarray(Image.open(tmp_path / "out" / "a.png"))
-    assert (found != Predictor(model)(IMAGE).labels).mean() <= 1e-3
+    assert (found != Predictor(model)(IMAGE).labels).sum() <= 1

@@ -93,6 +93,10 @@ def test_validation_images_are_compared_at_their_own_size() -> None:
     assert gate.miou is not None
     assert gate.miou[0] != gate.miou[1]
     assert "3 validation images" in gate.to_text()
+    exact = compare(Fake(), Fake(spoil), precision="fp32", sizes=SIZES, dataset=dataset, count=3)
+    exact.compared = [one._replace(gap=0.0) for one in exact.compared]  # leaves the gap of the validation images
+    assert exact.gap > 0.01
+    assert any("apart" in failure for failure in exact.failures)
 
 
 def test_three_sizes_are_the_least() -> None:

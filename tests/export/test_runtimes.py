@@ -53,7 +53,7 @@ def test_a_predictor_takes_a_file_like_a_model(format: str, model: Model, files:
     for views in (Views(), *several):
         wanted = Predictor(model, views=views)(image)
         found = Predictor(segvit.load(files[format]), views=views)(image)
-        assert (found.labels != wanted.labels).mean() <= 1e-3, views
+        assert (found.labels != wanted.labels).sum() <= 1, views
         assert found.classes == model.classes
 
 
