@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -42,19 +42,29 @@ def open_regions(path: Path, *, channels: int = 3, levels: Levels | None = None)
         image = read_image(path, channels=channels, levels=levels)
         yield Regions(image.shape[:2], lambda top, bottom, left, right: image[top:bottom, left:right])
         return
-    tiles = TiffTiles(path)
+    with closing(TiffTiles(path)) as tiles:
+        tiles.check()
 
-    def read(top: int, bottom: int, left: int, right: int) -> NDArray[np.uint8]:
-        return fit_channels(eight_bits(tiles.read(top, bottom, left, right), str(path), levels), channels, str(path))
+        def read(top: int, bottom: int, left: int, right: int) -> NDArray[np.uint8]:
+            part = tiles.read(top, bottom, left, right)
+            if channels in (1, 3):  # otherwise all samples are wanted, as in `read_image`
+                part = tiles.without_extra(part)
+            return fit_channels(eight_bits(part, str(path), levels), channels, str(path))
 
-    try:
         yield Regions(tiles.size, read)
-    finally:
-        tiles.close()
+
+
+def tiff_size(path: Path) -> Size:
+    """Height and width of the first page, also of a TIFF that cannot be read in parts.
+
+    Raises UserError for what is no TIFF or damaged.
+    """
+    with closing(TiffTiles(path)) as tiles:
+        return tiles.size
 
 
 class TiffTiles:
-    """The first page of a TIFF, read in parts; safe to use from several threads."""
+    """The first page of a TIFF, read in parts if `check` allows it; safe to use from several threads."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -64,22 +74,27 @@ class TiffTiles:
         self.path, self.lock = path, threading.Lock()
         self.held: OrderedDict[int, NDArray[Any]] = OrderedDict()
         self.bytes_held = 0
-        handle = path.open("rb")  # ours, since the library leaves it open when it fails
         try:
-            self.file = tifffile.TiffFile(handle, name=str(path))
-            self.page = cast(Any, self.file.pages[0])  # a full page: the first one always is
-            self.check()
-        except (tifffile.TiffFileError, OSError, IndexError) as error:
-            handle.close()
-            raise UserError(f"{path}: cannot be read as a TIFF ({str(error).partition(chr(10))[0]})") from None
-        except UserError:
-            handle.close()
-            raise
-        self.handle = handle
-        page = self.page
-        self.size: Size = (page.imagelength, page.imagewidth)
-        self.tile: Size = (page.tilelength, page.tilewidth) if page.is_tiled else (page.rowsperstrip, page.imagewidth)
-        self.across = -(-self.size[1] // self.tile[1])
+            self.handle = path.open("rb")  # ours, since the library leaves it open when it fails
+        except OSError as error:
+            raise UserError(f"{path}: cannot be opened ({error.strerror}); check the path and its rights") from None
+        try:
+            self.file = tifffile.TiffFile(self.handle, name=str(path))
+            self.page = page = cast(Any, self.file.pages[0])  # a full page: the first one always is
+            self.size: Size = (page.imagelength, page.imagewidth)
+            self.tile: Size = (
+                (page.tilelength, page.tilewidth) if page.is_tiled else (page.rowsperstrip, page.imagewidth)
+            )
+            self.across = -(-self.size[1] // self.tile[1])
+            self.kind = page.photometric.name
+            # Whether all pixels follow each other uncompressed, row by row.
+            self.flat = bool(page.is_contiguous) and not page.is_tiled
+            if min(*self.size, *self.tile, page.samplesperpixel) < 1:
+                raise ValueError("a side of 0 pixels")
+        except Exception as error:  # a damaged directory makes the library raise whatever it leads to
+            self.handle.close()
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise UserError(f"{path}: cannot be read as a TIFF ({reason}); copy the file again") from None
 
     def close(self) -> None:
         """Let the file go."""
@@ -91,13 +106,16 @@ class TiffTiles:
         page, path = self.page, self.path
         if page.planarconfig != 1 and page.samplesperpixel > 1:
             raise UserError(f"{path}: each channel is a plane of its own; save it with interleaved channels")
-        if page.photometric.name not in READABLE:
-            raise UserError(f"{path}: its colours are {page.photometric.name}; save it as RGB or gray")
+        if self.kind not in READABLE:
+            raise UserError(f"{path}: its colours are {self.kind}; save it as RGB or gray")
         turned = page.tags.get("Orientation")
         if turned is not None and turned.value != 1:
             raise UserError(f"{path}: is stored turned (orientation {turned.value}); save it upright")
-        rows, columns = (page.tilelength, page.tilewidth) if page.is_tiled else (page.rowsperstrip, page.imagewidth)
-        size = rows * columns * page.samplesperpixel * page.dtype.itemsize
+        if page.dtype is None or (self.kind == "MINISWHITE" and page.dtype.kind not in "bu"):
+            raise UserError(f"{path}: its pixels are of a kind that cannot be read; save it with 8 bits a channel")
+        if 1 < page.bitspersample < 8 and self.kind != "PALETTE":
+            raise UserError(f"{path}: has {page.bitspersample} bits a channel; save it with 8")
+        size = self.tile[0] * self.tile[1] * page.samplesperpixel * page.dtype.itemsize
         if size > LARGEST and not page.is_contiguous:
             raise UserError(f"{path}: is compressed in one piece of {size >> 20} MB; save it in tiles of 512 x 512")
 
@@ -105,20 +123,17 @@ class TiffTiles:
         """Raw values (h, w) or (h, w, C) of a region inside the image; colours of a palette are looked up."""
         with self.lock:
             part = self.rows(top, bottom)[:, left:right] if self.flat else self.gather(top, bottom, left, right)
-        kind = self.page.photometric.name
-        if kind == "PALETTE":
+        if self.kind == "PALETTE":
             colors: NDArray[Any] = (self.page.colormap >> 8).astype(np.uint8).T[part[..., 0]]
             return colors
-        if kind == "MINISWHITE":
-            part = np.iinfo(part.dtype).max - part
-        colored = 3 if kind == "RGB" else 1
-        extra = len(self.page.extrasamples)
-        return part[..., :colored] if extra and part.shape[2] == colored + extra else part
+        return ~part if self.kind == "MINISWHITE" else part
 
-    @property
-    def flat(self) -> bool:
-        """Whether all pixels follow each other uncompressed, row by row."""
-        return bool(self.page.is_contiguous) and not self.page.is_tiled
+    def without_extra(self, part: NDArray[Any]) -> NDArray[Any]:
+        """The part without what Pillow drops too: any extra samples beside colours, alpha beside gray."""
+        extra, rgb = len(self.page.extrasamples), self.kind == "RGB"
+        colored = 3 if rgb else 1
+        alpha = extra and part.shape[2] == colored + extra and (rgb or extra == 1)
+        return part[..., :colored] if alpha else part
 
     def rows(self, top: int, bottom: int) -> NDArray[Any]:
         """Whole rows (h, W, C) of a flat file."""
@@ -152,9 +167,9 @@ class TiffTiles:
             self.held.move_to_end(number)
             return self.held[number]
         page, handle = self.page, self.file.filehandle
-        handle.seek(page.dataoffsets[number])
-        data = handle.read(page.databytecounts[number])
         try:
+            handle.seek(page.dataoffsets[number])
+            data = handle.read(page.databytecounts[number])
             segment = page.decode(data, number, jpegtables=page.jpegtables)[0]
         except Exception as error:  # tifffile and its codecs raise whatever they like
             reason = str(error).partition("\n")[0]

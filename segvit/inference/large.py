@@ -1,8 +1,8 @@
 """Label maps of images too large to hold: windows at the image's own resolution, read and written strip by strip.
 
 Scores of overlapping windows are averaged as everywhere (`WindowedScores`). One row of windows is in memory, and the
-next is decoded while it is segmented. Labels go to a plain file of rows, whose length says how far a run came: one that
-was stopped goes on at the first missing row, and only a finished map takes its name.
+next is decoded while it is segmented. Labels go to a plain file of rows, and beside it stands how many of them are
+safely on the disk: a run that was stopped goes on after these, and only a finished map takes its name.
 
 Shapes    K classes, H W the image, C channels, R rows of a band.
 """
@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from segvit.inference.windows import WindowedScores
 
 BAND = 8_000_000  # scores held at once: a band has to cross the whole width, so it is larger than in `predictor`
 TILE = 512  # pixels of a side of the tiles that are written
+SAFE = 20.0  # seconds after which rows are brought to the disk: what a power cut can cost
 
 
 class StripInput:
@@ -106,38 +107,50 @@ def segment_large(
     done = _rows_done(partial, identity, row) if resume else 0
     if not done:
         partial.unlink(missing_ok=True)  # rows of another map must not stand beside this identity
-        write_json(partial.with_suffix(".json"), identity)
     with _opened(partial, done * row) as file:
-        for band in label_rows(run, regions, first=done, at_once=at_once):
-            file.write(band.tobytes())
-            done += len(band)
-            progress(done, regions.size[0])
+        try:
+            _make_safe(file, partial, identity, done)
+            safe = time.monotonic()
+            for band in label_rows(run, regions, first=done, at_once=at_once):
+                file.write(band.tobytes())
+                done += len(band)
+                if time.monotonic() - safe >= SAFE:
+                    _make_safe(file, partial, identity, done)
+                    safe = time.monotonic()
+                progress(done, regions.size[0])
+        finally:
+            _make_safe(file, partial, identity, done)
     counts = write_tiles(partial, path, regions.size, run.classes)
     partial.unlink()
     partial.with_suffix(".json").unlink()
     return counts
 
 
+def _make_safe(file: BinaryIO, partial: Path, identity: dict[str, Any], done: int) -> None:
+    """Bring the rows to the disk, then say so: after a power cut a file may have its length, but zeros in it."""
+    file.flush()
+    os.fsync(file.fileno())
+    write_json(partial.with_suffix(".json"), {"made_with": identity, "rows": done})
+
+
 def _rows_done(partial: Path, identity: dict[str, Any], row: int) -> int:
-    """The whole rows of an unfinished map; 0 where there is none."""
+    """The rows of an unfinished map that can be trusted; 0 where there is none."""
     said = partial.with_suffix(".json")
     if not (partial.is_file() and said.is_file()):
         return 0
-    if json.loads(said.read_text(encoding="utf-8")) != identity:
+    made = json.loads(said.read_text(encoding="utf-8"))
+    if made.get("made_with") != identity:
         raise UserError(f"{partial} was begun with another model, image or window; delete it or leave out --resume")
-    return partial.stat().st_size // row
+    return min(int(made["rows"]), partial.stat().st_size // row)
 
 
-@contextmanager
-def _opened(partial: Path, size: int) -> Iterator[Any]:
-    """The file of rows, cut to whole ones, at its end."""
+def _opened(partial: Path, size: int) -> BinaryIO:
+    """The file of rows, cut to what can be trusted, at its end."""
     partial.parent.mkdir(parents=True, exist_ok=True)
-    with partial.open("r+b" if size else "wb") as file:
-        file.truncate(size)
-        file.seek(size)
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
+    file = partial.open("r+b" if size else "wb")
+    file.truncate(size)
+    file.seek(size)
+    return file
 
 
 def write_tiles(rows: Path, path: Path, size: Size, classes: Classes) -> NDArray[np.int64]:

@@ -20,7 +20,7 @@ from PIL import Image
 
 from segvit.contracts import Size, UserError
 from segvit.data.dataset import IMAGE_SUFFIXES
-from segvit.data.tiff_regions import TIFF_SUFFIXES, open_regions
+from segvit.data.tiff_regions import TIFF_SUFFIXES, open_regions, tiff_size
 from segvit.data.video import VIDEO_SUFFIXES, is_video, read_film, read_frames, write_film
 from segvit.data.volumes import NIFTI_SUFFIXES, is_volume
 from segvit.files import open_atomic, write_json
@@ -29,12 +29,12 @@ from segvit.inference.prediction import Prediction
 from segvit.inference.predictor import Predictor, as_image
 from segvit.inference.stream import read_ahead, write_behind
 from segvit.tasks.console import progress_bar
-from segvit.tasks.sources import check_names, find_images, output_names
+from segvit.tasks.sources import check_names, find_images, is_frame, output_names
 from segvit.tasks.volumes import predict_volume
 
 READABLE = (*IMAGE_SUFFIXES, *NIFTI_SUFFIXES, *VIDEO_SUFFIXES)
 LARGE = 64_000_000  # pixels from which a TIFF is read and written in parts
-RECORD = ".predict.json"  # what the files of a folder were made with
+RECORD = ".predict.json"  # what the files of a folder were made with, and of which images
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,15 @@ def segment_files(source: str, folder: Path, plan: Plan, load: Callable[[], Call
     `load` makes what segments an image, when the names of inputs and outputs are found to be right. Volumes, films and
     windows need a Predictor. Raises UserError for what a kind of file does not have.
     """
-    images = find_images(source, READABLE)
+    images = find_images(source, READABLE, leave_out=folder)
     kinds = {image: other_kind(image, plan) for image in images}
     names = all_names(images, kinds, folder, plan)
     check_names(list(images), [path for paths in names.values() for path in paths.values()])
     record = checked_record(folder, plan)
-    rest = {image: paths for image, paths in names.items() if not (plan.resume and is_done(image, paths))}
+    targets = {image: paths["labels"].relative_to(folder).as_posix() for image, paths in names.items()}
+    made_of = {target: state_of(image) for image, target in targets.items()}
+    kept = {image for image, at in targets.items() if plan.resume and record["images"].get(at) == made_of[at]}
+    rest = {image: paths for image, paths in names.items() if not (image in kept and is_done(image, paths))}
     written, failed = [], []
     if rest:
         segment = load()
@@ -98,7 +101,9 @@ def segment_files(source: str, folder: Path, plan: Plan, load: Callable[[], Call
         special = {image: kind for image in rest if (kind := kinds[image]) is not None}
         if special and not isinstance(segment, Predictor):
             raise UserError(f"{min(special)}: this model segments images only; give it single pictures")
-        write_json(folder / RECORD, record)
+        for image in rest.keys() - kept:
+            remove_outputs(image, rest[image])
+        write_json(folder / RECORD, record | {"images": record["images"] | made_of})
         for image, error in itertools.chain(
             stream_images({image: paths for image, paths in rest.items() if image not in special}, segment, plan),
             ((image, failure(one, segment, image, rest[image], plan)) for image, one in special.items()),
@@ -136,24 +141,44 @@ def all_names(
 
 
 def checked_record(folder: Path, plan: Plan) -> dict[str, Any]:
-    """What the files are made with. Raises UserError where `resume` meets those of another model or option."""
+    """What the files are made with, and under `images` of what each was made that is made so already.
+
+    Raises UserError where `resume` meets files of another model or option.
+    """
     record = folder / RECORD
     wanted: dict[str, Any] = json.loads(
         json.dumps({**plan.identity, "window": plan.window, "stride": plan.window and plan.step})
     )
-    if plan.resume and record.is_file():
-        made = json.loads(record.read_text(encoding="utf-8"))
-        other = sorted(key for key in {*made, *wanted} if made.get(key) != wanted.get(key))
-        if other:
-            raise UserError(f"{folder} was made with another {', '.join(other)}; choose another --out")
-    elif plan.resume and folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"{folder} does not say how its files were made; leave out --resume or choose another --out")
-    return wanted
+    if not record.is_file():
+        if plan.resume and folder.is_dir() and any(folder.iterdir()):
+            raise UserError(
+                f"{folder} does not say how its files were made; leave out --resume or choose another --out"
+            )
+        return wanted | {"images": {}}
+    made = json.loads(record.read_text(encoding="utf-8"))
+    images = made.pop("images", {})  # older records do not say
+    other = sorted(key for key in {*made, *wanted} if made.get(key) != wanted.get(key))
+    if plan.resume and other:
+        raise UserError(f"{folder} was made with another {', '.join(other)}; choose another --out")
+    return wanted | {"images": {} if other else images}
+
+
+def state_of(image: Path) -> list[str | int]:
+    """What tells an image from another, and from what it was before it was edited."""
+    stat = image.stat()
+    return [str(image.resolve()), stat.st_size, stat.st_mtime_ns]
 
 
 def is_done(image: Path, paths: dict[str, Path]) -> bool:
     """Whether all files of an image exist; of a film only its own frames tell."""
     return not is_video(image) and all(path.is_file() for path in paths.values())
+
+
+def remove_outputs(image: Path, paths: dict[str, Path]) -> None:
+    """Remove what another run left in the place of an image's files: by the record they would count as this one's."""
+    frames = paths["labels"].glob("*") if is_video(image) else ()
+    for file in (*filter(is_frame, frames), *filter(Path.is_file, paths.values())):
+        file.unlink()
 
 
 def failure(kind: Kind, segment: Any, image: Path, paths: dict[str, Path], plan: Plan) -> str | None:
@@ -275,7 +300,7 @@ def is_large(image: Path) -> bool:
     if image.suffix.lower() not in TIFF_SUFFIXES:
         return False
     try:
-        with open_regions(image) as regions:
-            return regions.size[0] * regions.size[1] >= LARGE
-    except UserError:  # what cannot be read in parts is read whole, or fails there by itself
+        height, width = tiff_size(image)
+    except UserError:  # read whole, it fails by itself, or another reader knows it
         return False
+    return height * width >= LARGE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 from segvit.contracts import UserError
 from segvit.data import tiff_regions
 from segvit.data.decode import read_image
-from segvit.data.tiff_regions import TiffTiles, open_regions
+from segvit.data.tiff_regions import TiffTiles, open_regions, tiff_size
 
 BOXES = [(0, 117, 0, 133), (13, 100, 20, 133), (100, 117, 0, 5), (32, 64, 48, 96)]
 LAYOUTS = [
@@ -61,6 +62,33 @@ def test_palette_inverted_gray_and_alpha_are_what_reading_whole_gives(tmp_path: 
         np.testing.assert_array_equal(part(path, 3, 50, 9, 66), read_image(path)[3:50, 9:66])
 
 
+@pytest.mark.parametrize("layout", [{"tile": (32, 32)}, {"compression": "zlib"}, {}], ids=str)
+@pytest.mark.parametrize(
+    ("samples", "photometric", "channels"),
+    [(5, "minisblack", 5), (4, "rgb", 4), (4, "rgb", 3), (4, "rgb", 1), (2, "minisblack", 2), (2, "minisblack", 3)],
+)
+def test_as_many_samples_as_the_model_wants(
+    tmp_path: Path, layout: dict, samples: int, photometric: str, channels: int
+) -> None:
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, drawn((60, 70, samples)), photometric=photometric, planarconfig="contig", **layout)
+    with open_regions(path, channels=channels) as regions:
+        np.testing.assert_array_equal(regions.read(3, 50, 9, 66), read_image(path, channels=channels)[3:50, 9:66])
+
+
+def test_bands_are_not_taken_for_gray(tmp_path: Path) -> None:
+    tifffile.imwrite(tmp_path / "a.tif", drawn((60, 70, 5)), photometric="minisblack", planarconfig="contig")
+    with pytest.raises(UserError, match="5 channels but 3 are wanted"):
+        part(tmp_path / "a.tif", 3, 50, 9, 66)
+
+
+@pytest.mark.parametrize("photometric", ["miniswhite", "minisblack"])
+def test_one_bit_is_what_reading_whole_gives(tmp_path: Path, photometric: str) -> None:
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, drawn((60, 70)) > 99, photometric=photometric)
+    np.testing.assert_array_equal(part(path, 3, 50, 9, 66), read_image(path)[3:50, 9:66])
+
+
 def test_other_images_are_decoded_whole(tmp_path: Path) -> None:
     pixels = drawn((20, 30, 3))
     Image.fromarray(pixels).save(tmp_path / "a.png")
@@ -92,6 +120,54 @@ def test_what_cannot_be_read_in_parts_says_what_to_do(tmp_path: Path, monkeypatc
     tifffile.imwrite(path, drawn((40, 50, 3)), photometric="rgb", rowsperstrip=40, compression="zlib")
     with pytest.raises(UserError, match="save it in tiles of 512 x 512"):
         part(path, 0, 1, 0, 1)
+
+
+def directory(path: Path) -> dict[int, int]:
+    """Where the entry of each tag of a little-endian TIFF lies."""
+    content = path.read_bytes()
+    (first,) = struct.unpack_from("<I", content, 4)
+    (count,) = struct.unpack_from("<H", content, first)
+    places = [first + 2 + 12 * number for number in range(count)]
+    return {struct.unpack_from("<H", content, place)[0]: place for place in places}
+
+
+@pytest.mark.parametrize(
+    ("tag", "kind", "count", "value"),
+    [
+        (322, 4, 1, 0),
+        (256, 2, 1, 0),
+        (258, 3, 0, 0),
+        (259, 3, 1, 7777),
+        (324, 4, 1 << 30, 8),
+        (277, 3, 1, 0),
+        (262, 3, 1, 999),
+    ],
+    ids=["tile width", "width", "bits", "compression", "offsets", "samples", "colours"],
+)
+def test_a_damaged_directory_is_one_line(tmp_path: Path, tag: int, kind: int, count: int, value: int) -> None:
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, drawn((64, 64, 3)), photometric="rgb", tile=(32, 32), compression="zlib")
+    content = bytearray(path.read_bytes())
+    struct.pack_into("<HHII", content, directory(path)[tag], tag, kind, count, value)
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.tif"):  # a file left open would be a warning, so an error
+        part(path, 0, 64, 0, 64)
+
+
+def test_the_size_of_what_cannot_be_read_in_parts(tmp_path: Path) -> None:
+    tifffile.imwrite(tmp_path / "a.tif", drawn((3, 40, 50)), photometric="rgb", planarconfig="separate")
+    assert tiff_size(tmp_path / "a.tif") == (40, 50)
+    with pytest.raises(UserError, match="cannot be opened"):
+        tiff_size(tmp_path / "b.tif")
+
+
+def test_few_bits_are_refused(tmp_path: Path) -> None:
+    tifffile.imwrite(tmp_path / "a.tif", drawn((40, 50)), photometric="minisblack")
+    content = bytearray((tmp_path / "a.tif").read_bytes())
+    struct.pack_into("<HHIHH", content, directory(tmp_path / "a.tif")[258], 258, 3, 1, 4, 0)
+    (tmp_path / "a.tif").write_bytes(content)
+    with pytest.raises(UserError, match="4 bits a channel"):
+        part(tmp_path / "a.tif", 0, 1, 0, 1)
 
 
 def test_a_broken_tile_is_named(tmp_path: Path) -> None:

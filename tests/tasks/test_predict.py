@@ -70,6 +70,61 @@ def test_resume_does_the_rest(model: Path, tmp_path: Path) -> None:
     assert {name: after[name] for name in before} == before
 
 
+def test_resume_does_not_take_another_models_maps_for_its_own(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first run is one with windows, the second one without is stopped, the third goes on."""
+    source, out = photos(tmp_path / "photos"), tmp_path / "out"
+    run(source, "--model", model, "--out", out, "--window", 16, "--overlay")
+    (out / "mine.png").write_bytes(b"not ours")
+    before = stamps(out)
+
+    def stop(*arguments: object) -> None:
+        raise UserError("no space left on the disk")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(predict, "write_prediction", stop)
+        with pytest.raises(SystemExit):
+            run(source, "--model", model, "--out", out, "--overlay")
+    assert list(stamps(out)) == ["mine.png"]
+    run(source, "--model", model, "--out", out, "--overlay", "--resume")
+    after = stamps(out)
+    assert sorted(after) == sorted(before)
+    assert [name for name in before if after[name] == before[name]] == ["mine.png"]
+    np.testing.assert_array_equal(labels(out / "0.png"), Predictor(load_model(model))(source / "0.png").labels)
+
+
+def test_resume_knows_images_by_path_size_and_time(model: Path, tmp_path: Path) -> None:
+    first, out = photos(tmp_path / "a"), tmp_path / "out"
+    run(first, "--model", model, "--out", out)
+    before = stamps(out)
+    Image.fromarray(np.zeros((30, 20, 3), np.uint8)).save(first / "1.png")  # edited
+    second = photos(tmp_path / "b", 1, (20, 60))  # has a 0.png too
+    run(second, "--model", model, "--out", out, "--resume")
+    assert labels(out / "0.png").shape == (20, 60)
+    run(first, "--model", model, "--out", out, "--resume")
+    assert [labels(out / f"{number}.png").shape for number in range(3)] == [(40, 50), (30, 20), (40, 50)]
+    assert stamps(out)["2.png"] == before["2.png"]
+
+
+def test_older_records_do_not_say_what_is_done(model: Path, tmp_path: Path) -> None:
+    source, out = photos(tmp_path / "photos", 1), tmp_path / "out"
+    run(source, "--model", model, "--out", out)
+    record = json.loads((out / predict.RECORD).read_text())
+    del record["images"]
+    (out / predict.RECORD).write_text(json.dumps(record))
+    before = stamps(out)
+    run(source, "--model", model, "--out", out, "--resume")
+    assert stamps(out)["0.png"] > before["0.png"]
+
+
+def test_results_below_the_source_are_no_images_of_the_next_run(model: Path, tmp_path: Path) -> None:
+    source = photos(tmp_path / "photos", 2)
+    for options in ([], ["--resume"]):
+        run(source, "--model", model, "--out", source / "masks", *options)
+    assert sorted(path.name for path in (source / "masks").iterdir()) == [predict.RECORD, "0.png", "1.png"]
+
+
 def test_resume_refuses_what_was_made_otherwise(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     source = photos(tmp_path / "photos", 1)
     run(source, "--model", model, "--out", tmp_path / "out")
@@ -145,6 +200,19 @@ def test_a_film_becomes_numbered_maps_and_goes_on(model: Path, tmp_path: Path) -
     }
 
 
+def test_a_film_that_was_replaced_leaves_no_old_frames(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for count, size in ((5, (48, 64)), (3, (64, 48))):
+        with write_film(tmp_path / "walk.mp4", Fraction(8)) as add:
+            for _ in range(count):
+                add(np.zeros((*size, 3), np.uint8))
+        run(tmp_path / "walk.mp4", "--model", model, "--out", out, "--overlay", "--areas", "--resume")
+        (out / "walk" / "notes.png").write_bytes(b"not ours")
+    frames = [f"{number:06}.{kind}" for number in range(1, 4) for kind in ("json", "png")]
+    assert sorted(path.name for path in (out / "walk").iterdir()) == [*frames, "notes.png"]
+    assert labels(out / "walk" / "000003.png").shape == (64, 48)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -170,3 +238,20 @@ def test_what_special_files_do_not_have(
         with pytest.raises(SystemExit):
             run(tmp_path / "a.tif", "--model", model, "--out", tmp_path / option, "--window", 32, option)
         assert words.replace("at once", "looked at once") in capsys.readouterr().err
+
+
+def test_a_large_image_that_cannot_be_read_in_parts_is_left_out_with_the_remedy(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(predict, "LARGE", 5000)
+    source = photos(tmp_path / "photos", 1)
+    planes = np.zeros((3, 70, 90), np.uint8)
+    tifffile.imwrite(source / "large.tif", planes, photometric="rgb", planarconfig="separate")
+    tifffile.imwrite(source / "small.tif", planes[:, :40], photometric="rgb", planarconfig="separate")
+    (source / "broken.tif").write_bytes(b"no tiff")
+    with pytest.raises(SystemExit):
+        run(source, "--model", model, "--out", tmp_path / "out", "--window", 32)
+    told = capsys.readouterr().err
+    assert "large.tif: each channel is a plane of its own; save it with interleaved channels" in told
+    assert "2 images were left out" in told
+    assert sorted(stamps(tmp_path / "out")) == ["0.png", "small.png"]
