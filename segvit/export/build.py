@@ -147,12 +147,12 @@ def export_model(model: Model, out: str | Path, plan: Plan = Plan()) -> Exported
 
 def refusal(result: Exported, precision: Precision) -> str:
     """Why a file was not left in place, and what to do."""
-    remedy = f"see {result.path.name}.gate.md beside it; use another --format"
-    if precision != "fp32":
-        names = ",".join(loss.layer for loss in result.losses[:NAMED])
-        remedy = f"keep the layers in fp32 that lose most (--keep_fp32 {names})" if precision == "int8" else (
-            f"use --precision fp32; the layers that lose most are {names}"
-        )  # fmt: skip
+    names = ",".join(loss.layer for loss in result.losses[:NAMED])
+    remedy = {
+        "fp32": f"see {result.path.name}.gate.md beside it; use another --format",
+        "bf16": f"use --precision fp32; the layers that lose most are {names}",
+        "int8": f"keep the layers in fp32 that lose most (segvit export --keep_fp32 {names})",
+    }[precision]
     return f"{result.path} was refused: {'; '.join(result.gate.failures)}; {remedy}"
 
 

@@ -9,7 +9,7 @@ Shapes    B images, K classes, H W the network's input, R rows of a band.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -142,7 +142,6 @@ class Gate:
 def compare(
     reference: Runtime, exported: Runtime, *, precision: Precision, sizes: Sequence[Size],
     dataset: Dataset | None = None, split: str = "val", count: int = 32,
-    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Gate:  # fmt: skip
     """Run both at every size, the first one also as a batch of two, and over up to `count` images of a split.
 
@@ -156,7 +155,7 @@ def compare(
         images = torch.stack([drawn_image(reference.spec, size, seed=10 * number + i) for i in range(batch)])
         gate.compared.append(compare_batch(reference, exported, images))
     if dataset is not None:
-        compare_split(gate, reference, exported, dataset, split, total, progress)
+        compare_split(gate, reference, exported, dataset, split, total)
     return gate
 
 
@@ -206,10 +205,7 @@ def bands(size: Size, channels: int) -> Iterator[range]:
         yield range(start, min(start + step, size[0]))
 
 
-def compare_split(
-    gate: Gate, reference: Runtime, exported: Runtime, dataset: Dataset, split: str, count: int,
-    progress: Callable[[int, int], None],
-) -> None:  # fmt: skip
+def compare_split(gate: Gate, reference: Runtime, exported: Runtime, dataset: Dataset, split: str, count: int) -> None:
     """Labels and mIoU over the first `count` images of a split, spread evenly."""
     classes = reference.classes
     check_classes(classes, dataset.classes)
@@ -218,7 +214,7 @@ def compare_split(
     indices = sorted({i * dataset.count(split) // count for i in range(count)})
     found = [ConfusionMatrix(len(classes), classes.ignore_index) for _ in range(2)]
     predictors = [Predictor(reference), Predictor(exported)]
-    for done, sample in enumerate(samples(dataset, split, indices=indices)):
+    for sample in samples(dataset, split, indices=indices):
         labels = [predictor.segment(sample.image)[0] for predictor in predictors]
         for matrix, guess in zip(found, labels, strict=True):
             matrix.update(guess, sample.mask)
@@ -227,7 +223,6 @@ def compare_split(
         if BOUNDS[gate.precision].gap is not None and other.any():
             best = predictors[0].top(sample.image, 2)[1][:, other]
             gate.gap = max(gate.gap, float((best[0] - best[1]).max()))
-        progress(done + 1, len(indices))
     gate.images = len(indices)
     gate.miou = (float(found[0].metrics().miou), float(found[1].metrics().miou))
 
