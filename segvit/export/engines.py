@@ -112,7 +112,8 @@ def _as_it_is(
 class CompiledRuntime:
     """torch.compile with weights frozen into the code on a CPU; what compiling costs is kept on disk.
 
-    The second image size compiles once more, for all sizes then. Only the first call says what it cost.
+    A second image size compiles once or twice more, for all sizes then. Only the first call says what it cost. Raises
+    UserError where the compiler fails, such as without a C++ compiler.
     """
 
     def __init__(self, model: Model, *, precision: AnyPrecision) -> None:
@@ -128,11 +129,17 @@ class CompiledRuntime:
 
     def __call__(self, images: Tensor) -> Dense:
         """Normalised images (B, C, H, W) -> the system's output."""
-        if self.called:
-            return self.eager(images)
+        from torch._dynamo.exc import TorchDynamoException  # takes seconds, which torch.compile has spent already
+
         started = time.perf_counter()
-        with quiet():
-            out = self.eager(images)
+        try:
+            with quiet():
+                out = self.eager(images)
+        except TorchDynamoException as error:
+            line = str(error).strip().replace("\n", " ").partition(" Set TORCHDYNAMO")[0]
+            raise UserError(f"torch cannot compile this model here ({line}); leave out --engine compile") from error
+        if self.called:
+            return out
         print(f"segvit: compile: the first image took {time.perf_counter() - started:.1f} s", file=sys.stderr)
         self.called = True
         return out

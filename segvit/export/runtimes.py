@@ -80,13 +80,15 @@ def open_pt2(path: Path) -> tuple[Record, Call]:
 
 
 def runnable(program: ExportedProgram) -> Callable[[Tensor], Sequence[Tensor]]:
-    """A traced graph as a function without the tracer's guards.
+    """A traced graph as a function without the tracer's guards and ranges of sizes.
 
     These say where strides are as they were assumed and refuse small images that the graph computes exactly, as tests
     over all systems show.
     """
     known = "check_guards" in inspect.signature(program.module).parameters  # older versions of torch have no guards
-    return program.module(check_guards=False) if known else program.module()
+    module = program.module(check_guards=False) if known else program.module()
+    module.range_constraints = {}  # type: ignore[assignment]  # what its hook checks inputs against
+    return module
 
 
 def open_onnx(path: Path) -> tuple[Record, Call]:

@@ -44,7 +44,9 @@ def map_tokens(features: Tensor) -> Tensor:
 def pad_to_patches(images: Tensor, patch: Size) -> Tensor:
     """Zeros at the right and the bottom up to whole patches."""
     height, width = images.shape[-2:]
-    return pad_beyond(images, -height % patch[0], -width % patch[1])
+    # Not -height % patch: torch's compiler cannot bound the remainder of a negative size that it does not know.
+    down, across = ((side + part - 1) // part * part for side, part in ((height, patch[0]), (width, patch[1])))
+    return pad_beyond(images, down - height, across - width)
 
 
 def pad_beyond(images: Tensor, below: int | SymInt, right: int | SymInt) -> Tensor:
