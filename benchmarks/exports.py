@@ -3,7 +3,8 @@
     python benchmarks/exports.py runs/segvit_camvid runs/ddrnet_camvid --data camvid --table exports.md
 
 Every `segvit export` and every `segvit predict` runs in a process of its own. The label images of the exported file are
-compared with those of PyTorch in fp32 pixel by pixel. What the gate refuses stands in the table with its reason.
+compared with those of PyTorch in fp32 pixel by pixel. What the gate refuses stands in the table with its reason; int8
+is then tried again with the layers in fp32 that the refusal names.
 """
 
 from __future__ import annotations
@@ -50,28 +51,31 @@ def labels(model: Path, photos: Path, out: Path) -> dict[str, np.ndarray]:
 
 
 def row(
-    run: Path, kind: tuple[str, str, str], expected: dict[str, np.ndarray], options: argparse.Namespace, work: Path
-) -> list[str]:
-    """One export, its gate and its predictions beside those of PyTorch."""
+    run: Path, kind: tuple[str, str, str], expected: dict[str, np.ndarray], options: argparse.Namespace, work: Path,
+    keep: list[str],
+) -> tuple[list[str], list[str]]:  # fmt: skip
+    """One export, its gate and its predictions beside those of PyTorch; and the layers that a refusal names."""
     format, precision, suffix = kind
     path = work / f"{run.name}-{precision}{suffix}"
     start = time.perf_counter()
     done = segvit("export", run, "--format", format, "--precision", precision, "--out", path, "--data", options.data,
-                  "--images", str(options.images))  # fmt: skip
+                  "--images", str(options.images), *(["--keep_fp32", ",".join(keep)] if keep else []))  # fmt: skip
+    shown = f"{precision}, fp32 in {', '.join(keep)}" if keep else precision
     spent = time.perf_counter() - start
     report = path.with_name(f"{path.name}.gate.json")
     if not report.is_file():
-        return [run.name, format, precision, f"{spent:.0f} s", "-", "-", done.stderr.strip().splitlines()[-1], "-"]
+        return [run.name, format, shown, f"{spent:.0f} s", "-", "-", done.stderr.strip().splitlines()[-1], "-"], []
     gate = json.loads(report.read_text())
     differing = f"{100 * (1 - gate['label_agreement']):.4f} %"
     before, after = gate["miou"]
-    found = [run.name, format, precision, f"{spent:.0f} s", differing, f"{before:.4f} -> {after:.4f}"]
+    found = [run.name, format, shown, f"{spent:.0f} s", differing, f"{before:.4f} -> {after:.4f}"]
     if done.returncode:
-        return [*found, f"refused: {'; '.join(gate['failures'])}", "-"]
+        named = [layer["layer"] for layer in gate["costly_layers"]] if precision == "int8" else []
+        return [*found, f"refused: {'; '.join(gate['failures'])}", "-"], named
     got = labels(path, work / "photos", work / f"{path.name}-labels")
     pixels = sum(one.size for one in expected.values())
     other = sum(int((got[name] != one).sum()) for name, one in expected.items())
-    return [*found, "passed", f"{other} of {pixels}"]
+    return [*found, "passed", f"{other} of {pixels}"], []
 
 
 def main() -> None:
@@ -92,7 +96,10 @@ def main() -> None:
         for run in options.runs:
             expected = labels(run, work / "photos", work / f"{run.name}-torch")
             for kind in KINDS:
-                rows.append(row(run, kind, expected, options, work))
+                cells, named = row(run, kind, expected, options, work, [])
+                rows.append(cells)
+                if named:
+                    rows.append(row(run, kind, expected, options, work, named)[0])
                 print("| " + " | ".join(rows[-1]) + " |", flush=True)
     packages = ", ".join(f"{n} {metadata.version(n)}" for n in ("torch", "onnx", "onnxruntime", "openvino", "nncf"))
     text = "\n".join([

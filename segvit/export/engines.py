@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -133,7 +134,7 @@ class CompiledRuntime:
 
         started = time.perf_counter()
         try:
-            with quiet():
+            with nullcontext() if self.called else quiet():
                 out = self.eager(images)
         except TorchDynamoException as error:
             line = str(error).strip().replace("\n", " ").partition(" Set TORCHDYNAMO")[0]

@@ -33,6 +33,17 @@ def test_every_system_becomes_a_graph_or_says_why_not(name: str) -> None:
                 torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_the_ranges_that_the_tracer_assumes_do_not_bind() -> None:
+    """In bf16 DDRNet's graph says that images are wider than 256 pixels, which nothing in it needs."""
+    model = tiny("ddrnet_23_slim")
+    module = runnable(trace(model, inside=False, bf16=True))
+    images = torch.randn(1, 3, 96, 80)
+    with torch.no_grad():
+        expected = Graph(model, inside=False, bf16=True)(images)
+        torch.testing.assert_close(module(images), list(expected), rtol=0.05, atol=0.05)
+
+
 def test_the_list_above_stands_for_every_model() -> None:
     """A model shares all that matters for a graph with a tested one: the options that make it tiny, or its family."""
     tested = {max((key for key in FAMILIES if name.startswith(key)), key=len) for name in [*KINDS, *OTHERS]}
