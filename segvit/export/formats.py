@@ -41,6 +41,9 @@ def to_onnx(program: ExportedProgram, record: Record) -> Any:
     for node in model.graph.node:
         scopes = [entry.value for entry in node.metadata_props if entry.key == SCOPES]
         layer = ast.literal_eval(scopes[0])[-2].removeprefix("model").removeprefix(".") if scopes else ""
+        weights = [name for name in node.input if name.startswith("model.") and name.endswith(".weight")]
+        if weights:  # the scope of a convolution that a BatchNorm was folded into is the norm's
+            layer = weights[0].removeprefix("model.").removesuffix(".weight")
         node.name = f"{layer}/{node.name}"
         del node.metadata_props[:]  # holds source paths of this machine
     return model

@@ -8,7 +8,9 @@ import torch
 from segvit.contracts import UserError
 from segvit.export.build import Plan, export_model
 from segvit.export.exportable import why_not
-from segvit.export.graph import Graph, trace
+from segvit.export.formats import to_onnx
+from segvit.export.graph import Graph, kept_extras, trace
+from segvit.export.record import describe
 from segvit.export.runtimes import runnable
 from segvit.zoo import MODELS
 from tests.systems.test_contract import FAMILIES, KINDS, family, tiny
@@ -42,6 +44,17 @@ def test_the_ranges_that_the_tracer_assumes_do_not_bind() -> None:
     with torch.no_grad():
         expected = Graph(model, inside=False, bf16=True)(images)
         torch.testing.assert_close(module(images), list(expected), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.slow
+def test_convolutions_keep_their_names_when_norms_are_folded() -> None:
+    """`keep_fp32` finds layers by them."""
+    model = tiny("ddrnet_23_slim")
+    record = describe(model, format="onnx", precision="fp32", readout="outside", extras=kept_extras(model))
+    graph = to_onnx(trace(model, inside=False), record).graph
+    found = {node.name.partition("/")[0] for node in graph.node if node.op_type == "Conv"}
+    layers = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Conv2d)}
+    assert found == {name for name in layers if not name.startswith("seghead_extra.")}  # which trains only
 
 
 def test_the_list_above_stands_for_every_model() -> None:
